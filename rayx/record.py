@@ -1,0 +1,108 @@
+"""Records: what came of a run.
+
+A record is written once, by the worker that made it, the moment the run ends; that it exists means
+that the run is done. A failure is a record too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rayx.errors import SpecError
+from rayx.spec import FORMAT, TrainSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Loss of one model on one target's held-out text."""
+
+    nats: float  # per token
+    bpb: float  # bits per byte of text
+    stderr_bpb: float  # over sequences
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """An evaluation along the run."""
+
+    step: int
+    tokens: int
+    losses: dict[str, Loss]  # target -> loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a run has no result."""
+
+    type: str  # class of the exception, or "Diverged"
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The immutable result of one run: losses, or the failure.
+
+    Facts about the run are fields here; nothing is ever parsed out of names or logs.
+    """
+
+    spec: TrainSpec
+    curve: tuple[CurvePoint, ...]  # every evaluation, the last one is the result
+    epochs: dict[str, float]  # domain -> passes over its training tokens
+    tokens: int
+    flops: float
+    seconds: float  # the run's share of its pack's wall time
+    pack_id: str
+    pack_runs: int  # runs trained together with this one, itself included
+    device: str
+    versions: dict[str, str]
+    commit: str  # git commit of the code, "+dirty" where the tree was changed, or ""
+    started: str  # UTC, ISO 8601
+    finished: str
+    failure: Failure | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The spec's run_id."""
+        return self.spec.run_id
+
+    @property
+    def status(self) -> str:
+        """`ok` or `failed`."""
+        return "failed" if self.failure else "ok"
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """Final losses by target; empty for a failed run."""
+        return self.curve[-1].losses if self.curve and not self.failure else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["spec"] = self.spec.to_json()
+        data["curve"] = [dataclasses.asdict(point) for point in self.curve]
+        data["failure"] = dataclasses.asdict(self.failure) if self.failure else None
+        return {"format": FORMAT, "run_id": self.run_id, **data}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecError: The record is of another format or lacks a field.
+        """
+        if data.get("format") != FORMAT:
+            raise SpecError(f"Record has format {data.get('format')!r}; this rayx reads {FORMAT}.")
+        fields = {k: v for k, v in data.items() if k not in ("format", "run_id")}
+        try:
+            fields["spec"] = TrainSpec.from_json(fields["spec"])
+            fields["curve"] = tuple(
+                CurvePoint(p["step"], p["tokens"], {t: Loss(**v) for t, v in p["losses"].items()})
+                for p in fields["curve"]
+            )
+            fields["failure"] = Failure(**fields["failure"]) if fields["failure"] else None
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise SpecError(f"Record cannot be read: {error!r}.") from error
