@@ -78,6 +78,56 @@ class Record:
         """Final losses by target; empty for a failed run."""
         return self.curve[-1].losses if self.curve and not self.failure else {}
 
+    def run_row(self) -> dict[str, Any]:
+        """Return the record as a row of `Store.runs`."""
+        spec = self.spec
+        return {
+            "run_id": self.run_id,
+            "kind": "train",
+            "status": self.status,
+            "failure": self.failure.message if self.failure else None,
+            "corpus": spec.corpus,
+            "params": spec.model.params,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "seed": spec.seed,
+            "data_seed": spec.data_seed,
+            "layers": spec.model.layers,
+            "width": spec.model.width,
+            "context": spec.model.context,
+            "lr": spec.optimizer.lr,
+            "batch_sequences": spec.optimizer.batch_sequences,
+            "phases": len(spec.schedule.phases),
+            "pack_id": self.pack_id,
+            "pack_runs": self.pack_runs,
+            "device": self.device,
+            "commit": self.commit,
+            "started": self.started,
+            "finished": self.finished,
+            **{f"weight/{d}": w for d, w in spec.schedule.average().items()},
+            **{f"epochs/{d}": e for d, e in self.epochs.items()},
+            **{f"loss/{t}": loss.bpb for t, loss in self.losses.items()},
+            **{f"loss_nats/{t}": loss.nats for t, loss in self.losses.items()},
+            **{f"stderr/{t}": loss.stderr_bpb for t, loss in self.losses.items()},
+        }
+
+    def eval_rows(self) -> list[dict[str, Any]]:
+        """Return the record's curve as rows of `Store.evals`: one per point and target."""
+        return [
+            {
+                "run_id": self.run_id,
+                "step": point.step,
+                "tokens": point.tokens,
+                "target": target,
+                "loss_bpb": loss.bpb,
+                "loss_nats": loss.nats,
+                "stderr_bpb": loss.stderr_bpb,
+            }
+            for point in self.curve
+            for target, loss in point.losses.items()
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -4,7 +4,8 @@
     failures/RUN.json    a run that failed; replaced by a record when a retry succeeds
     packs/PACK.json      the specs that one trial trains together
     heartbeats/PACK.json how far a pack is, rewritten every few seconds
-    sweeps/SWEEP.json    the run_ids asked for, and the driver's heartbeat
+    sweeps/SWEEP.json    the run_ids asked for and when
+    drivers/SWEEP.json   the driver's heartbeat
     compact/             the records as Parquet, rewritten while a sweep goes on; only a cache
     choices/ plans/      what was decided on these records
 
@@ -31,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from rayx.errors import StoreError
+from rayx.errors import RayxError, StoreError
 from rayx.record import Record
 from rayx.spec import FORMAT, TrainSpec
 
@@ -135,6 +136,10 @@ class Store:
         """Return parsed JSON; FileNotFoundError or ValueError where it is missing or broken."""
         return json.loads(self.read_bytes(name))
 
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+        self.filesystem.delete_file(self._path(name))
+
     def names(self, folder: str) -> list[str]:
         """Return the stems of the JSON files in a folder, sorted."""
         selector = fs.FileSelector(self._path(folder), allow_not_found=True)
@@ -164,7 +169,7 @@ class Store:
                 record = Record.from_json(self.read_json(f"{folder}/{run_id}.json"))
             except FileNotFoundError:
                 continue
-            except Exception as error:  # noqa: BLE001
+            except (RayxError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise StoreError(
                     f"Record {folder}/{run_id}.json of store {self.url!r} is damaged: {error}. "
                     "Remove the file and run the sweep again: only this run is redone."
@@ -206,27 +211,32 @@ class Store:
 
         Returns:
             `total`, `ok`, `failed`, `running` (runs in live packs), `tokens` (done, with those of
-            live packs), `tokens_total`, `alive` (a driver's heartbeat is fresh), `seconds` (since
-            the last sweep started), `tokens_before` (recorded before it).
+            live packs), `tokens_total`, `alive` (a driver's heartbeat is fresh), `seconds` (of the
+            latest sweep, up to its last heartbeat), `tokens_before` (recorded before it).
         """
-        sweeps = [self.read_json(f"sweeps/{name}.json") for name in self.names("sweeps")]
         wanted: dict[str, int] = {}
-        for sweep in sweeps:
+        alive, latest, seconds, tokens_before = False, 0.0, 0.0, 0
+        now = time.time()
+        for name in self.names("sweeps"):
+            sweep = self.read_json(f"sweeps/{name}.json")
             wanted |= sweep["tokens"]
+            try:
+                driver = self.read_json(f"drivers/{name}.json")
+            except FileNotFoundError:
+                driver = {"state": "starting", "time": sweep["started"]}
+            alive |= driver["state"] != "stopped" and now - driver["time"] < ALIVE_SECONDS
+            if sweep["started"] > latest:
+                latest, tokens_before = sweep["started"], sweep["tokens_before"]
+                seconds = max(0.0, driver["time"] - latest)
         status = {run: state for run, state in self.status().items() if run in wanted}
         tokens = sum(wanted[run] for run in status)
         running = 0
-        now = time.time()
         for name in self.names("heartbeats"):
-            try:
-                beat = self.read_json(f"heartbeats/{name}.json")
-            except (FileNotFoundError, ValueError):
-                continue
-            open_runs = [run for run in beat["runs"] if run not in status]
-            if now - beat["time"] < ALIVE_SECONDS and open_runs:
+            beat = self.read_json(f"heartbeats/{name}.json")
+            open_runs = [run for run in beat["runs"] if run in wanted and run not in status]
+            if now - beat["time"] < ALIVE_SECONDS:
                 running += len(open_runs)
                 tokens += beat["tokens_per_run"] * len(open_runs)
-        last = max(sweeps, key=lambda s: s["started"], default=None)
         return {
             "total": len(wanted),
             "ok": sum(state == "ok" for state in status.values()),
@@ -234,11 +244,9 @@ class Store:
             "running": running,
             "tokens": tokens,
             "tokens_total": sum(wanted.values()),
-            "alive": any(
-                now - s["time"] < ALIVE_SECONDS and s["state"] == "running" for s in sweeps
-            ),
-            "seconds": (last["time"] - last["started"]) if last else 0.0,
-            "tokens_before": last["tokens_before"] if last else 0,
+            "alive": alive,
+            "seconds": seconds,
+            "tokens_before": tokens_before,
         }
 
     # Tables -----------------------------------------------------------------------------------
@@ -252,7 +260,7 @@ class Store:
             self.write_bytes(f"compact/{name}.parquet", sink.getvalue().to_pybytes())
         return len(runs)
 
-    def _table(self, name: str, rows: Callable[[list[Record]], list[dict]]) -> pd.DataFrame:
+    def _table(self, name: str, rows: Callable[[Record], list[dict]]) -> pd.DataFrame:
         """Return the compacted rows that still hold, and those of the records since."""
         status = self.status()
         try:
@@ -263,13 +271,14 @@ class Store:
         except FileNotFoundError:
             old = pd.DataFrame(columns=["run_id"])
         known = set(old["run_id"])
-        new = pd.DataFrame(rows(self.records([run for run in status if run not in known])))
+        records = self.records([run for run in status if run not in known])
+        new = pd.DataFrame([row for record in records for row in rows(record)])
         frames = [frame for frame in (old, new) if len(frame)]
         return pd.concat(frames, ignore_index=True) if frames else old
 
     def runs(self) -> pd.DataFrame:
         """Return one row a run: spec, cost, weight/DOMAIN, epochs/DOMAIN, loss/TARGET (bpb) ..."""
-        frame = self._table("runs", run_rows)
+        frame = self._table("runs", lambda record: [record.run_row()])
         if frame.empty:
             return pd.DataFrame(columns=["run_id", "kind", "status"])
         zero = [c for c in frame.columns if c.startswith(("weight/", "epochs/"))]
@@ -278,7 +287,7 @@ class Store:
 
     def evals(self) -> pd.DataFrame:
         """Return one row per run, evaluation point and target: the loss curves."""
-        frame = self._table("evals", eval_rows)
+        frame = self._table("evals", Record.eval_rows)
         if frame.empty:
             return pd.DataFrame(columns=["run_id", "step", "tokens", "target", "loss_bpb"])
         return frame.sort_values(["run_id", "step", "target"], ignore_index=True)
@@ -303,61 +312,3 @@ class Store:
             raise StoreError(f"Query failed: {error}") from error
         finally:
             connection.close()
-
-
-def run_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return the row of `runs()` for each record."""
-    rows = []
-    for record in records:
-        spec = record.spec
-        rows.append(
-            {
-                "run_id": record.run_id,
-                "kind": "train",
-                "status": record.status,
-                "failure": record.failure.message if record.failure else None,
-                "corpus": spec.corpus,
-                "params": spec.model.params,
-                "tokens": record.tokens,
-                "flops": record.flops,
-                "seconds": record.seconds,
-                "seed": spec.seed,
-                "data_seed": spec.data_seed,
-                "layers": spec.model.layers,
-                "width": spec.model.width,
-                "context": spec.model.context,
-                "lr": spec.optimizer.lr,
-                "batch_sequences": spec.optimizer.batch_sequences,
-                "phases": len(spec.schedule.phases),
-                "pack_id": record.pack_id,
-                "pack_runs": record.pack_runs,
-                "device": record.device,
-                "commit": record.commit,
-                "started": record.started,
-                "finished": record.finished,
-                **{f"weight/{d}": w for d, w in spec.schedule.average().items()},
-                **{f"epochs/{d}": e for d, e in record.epochs.items()},
-                **{f"loss/{t}": loss.bpb for t, loss in record.losses.items()},
-                **{f"loss_nats/{t}": loss.nats for t, loss in record.losses.items()},
-                **{f"stderr/{t}": loss.stderr_bpb for t, loss in record.losses.items()},
-            }
-        )
-    return rows
-
-
-def eval_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return the rows of `evals()`: one per record, point and target."""
-    return [
-        {
-            "run_id": record.run_id,
-            "step": point.step,
-            "tokens": point.tokens,
-            "target": target,
-            "loss_bpb": loss.bpb,
-            "loss_nats": loss.nats,
-            "stderr_bpb": loss.stderr_bpb,
-        }
-        for record in records
-        for point in record.curve
-        for target, loss in point.losses.items()
-    ]

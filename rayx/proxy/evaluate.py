@@ -1,0 +1,81 @@
+"""Evaluation: loss per target on fixed held-out sequences.
+
+Legend: R runs, S sequences of a target, T context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayx.corpus import Corpus
+from rayx.corpus.sampler import sequence_count, take
+from rayx.errors import CorpusError
+from rayx.proxy.model import Rotary, token_losses
+from rayx.record import Loss
+from rayx.spec import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A target's held-out sequences, the same for every run of a sweep."""
+
+    tokens: Tensor  # (S, T + 1)
+    bits_per_nat_token: float  # turns nats per token into bits per byte
+
+
+def held_out(corpus: Corpus, context: int, sequences: int, device: torch.device) -> dict:
+    """Return target -> HeldOut: at most `sequences` sequences, spread evenly over the shard.
+
+    Bits per byte use the tokens per byte of the whole held-out shard, so that the factor does not
+    depend on how many sequences are read.
+
+    Raises:
+        CorpusError: A target's held-out text is shorter than one sequence.
+    """
+    result = {}
+    for target in corpus.targets:
+        shard = corpus.heldout(target)
+        available = sequence_count(len(shard), context)
+        if available == 0:
+            raise CorpusError(
+                f"Target {target!r} has {len(shard)} held-out tokens; one sequence of context "
+                f"{context} needs {context + 1}. Build the corpus with a larger held-out share."
+            )
+        places = np.unique(np.linspace(0, available - 1, min(sequences, available)).astype(int))
+        tokens = torch.from_numpy(take(shard, places, context)).to(device)
+        factor = 1.0 / (math.log(2.0) * corpus.bytes_per_token(target))
+        result[target] = HeldOut(tokens, factor)
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    parameters: Mapping[str, Tensor],
+    shape: ModelShape,
+    rotary: Rotary,
+    targets: Mapping[str, HeldOut],
+    batch_sequences: int,
+) -> list[dict[str, Loss]]:
+    """Return for each of the R runs target -> loss, with the standard error over sequences."""
+    runs = parameters["embedding"].shape[0]
+    results: list[dict[str, Loss]] = [{} for _ in range(runs)]
+    for target, data in targets.items():
+        parts = [
+            token_losses(parameters, shape, rotary, chunk.expand(runs, -1, -1)).mean(dim=2)
+            for chunk in data.tokens.split(batch_sequences)
+        ]
+        loss_RS = torch.cat(parts, dim=1).double().cpu().numpy()
+        count = loss_RS.shape[1]
+        for run in range(runs):
+            nats = float(loss_RS[run].mean())
+            spread = float(loss_RS[run].std(ddof=1)) if count > 1 else math.nan
+            stderr = spread / math.sqrt(count) if count > 1 else 0.0
+            factor = data.bits_per_nat_token
+            results[run][target] = Loss(nats, nats * factor, stderr * factor)
+    return results

@@ -1,0 +1,134 @@
+"""The proxy: one small decoder with a leading run axis.
+
+RoPE, RMSNorm, SwiGLU, causal attention, no biases. A pack of R runs is one model whose parameters
+have shape (R, ...): each matrix product is a batched one over the runs, and no operation mixes two
+runs. A pack of one is a plain model.
+
+Legend: R runs, B sequences, T context, D width, V vocabulary, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayx.spec import ModelShape
+
+NORM_EPS = 1e-5
+ROPE_BASE = 10_000.0
+
+
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of one run's parameters, in the order in which they are drawn."""
+    width, ffn = shape.width, shape.ffn_width
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (shape.vocab_size, width)}
+    for layer in range(shape.layers):
+        shapes |= {
+            f"layers.{layer}.attention_norm": (width,),
+            f"layers.{layer}.qkv": (width, 3 * width),
+            f"layers.{layer}.attention_out": (width, width),
+            f"layers.{layer}.ffn_norm": (width,),
+            f"layers.{layer}.gate_up": (width, 2 * ffn),
+            f"layers.{layer}.down": (ffn, width),
+        }
+    shapes["norm"] = (width,)
+    if not shape.tied_embeddings:
+        shapes["head"] = (shape.vocab_size, width)
+    return shapes
+
+
+def initial_parameters(shape: ModelShape, seed: int) -> dict[str, Tensor]:
+    """Draw one run's parameters on the CPU, so that they do not depend on the device.
+
+    Matrices are normal with sd fan_in^-1/2, those that write into the residual stream smaller by
+    (2 layers)^-1/2; embeddings have sd 0.02; norms start at 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, size in parameter_shapes(shape).items():
+        if name.endswith("norm"):
+            parameters[name] = torch.ones(size)
+            continue
+        std = 0.02 if name in ("embedding", "head") else size[0] ** -0.5
+        if name.endswith(("attention_out", "down")):
+            std *= (2 * shape.layers) ** -0.5
+        parameters[name] = torch.randn(size, generator=generator) * std
+    return parameters
+
+
+def stacked_parameters(
+    shape: ModelShape, seeds: list[int], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the parameters of a pack, each of shape (R, ...) and requiring gradients."""
+    drawn = {seed: initial_parameters(shape, seed) for seed in set(seeds)}
+    return {
+        name: torch.stack([drawn[seed][name] for seed in seeds]).to(device).requires_grad_()
+        for name in parameter_shapes(shape)
+    }
+
+
+class Rotary:
+    """Rotary position tables for one context and head width.
+
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
+    """
+
+    def __init__(self, shape: ModelShape, device: torch.device) -> None:
+        half = shape.width // shape.heads // 2
+        rates = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(shape.context, dtype=torch.float64)[:, None] * rates
+        self.cos = torch.cat([angles.cos()] * 2, dim=1).float().to(device)
+        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).float().to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn queries or keys, shape (..., T, width of a head)."""
+        length, half = x.shape[-2], x.shape[-1] // 2
+        swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+        return x * self.cos[:length] + swapped * self.sin[:length]
+
+
+def _norm(x: Tensor, gain_RD: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS) * gain_RD[:, None]
+
+
+def token_losses(
+    parameters: dict[str, Tensor], shape: ModelShape, rotary: Rotary, tokens: Tensor
+) -> Tensor:
+    """Return the loss of each predicted token.
+
+    Args:
+        parameters: As `stacked_parameters` makes them.
+        shape: The model's shape.
+        rotary: Its position tables.
+        tokens: Token ids, shape (R, B, T + 1).
+
+    Returns:
+        Cross-entropy in nats, shape (R, B, T), float32.
+    """
+    runs, batch, length = tokens.shape[0], tokens.shape[1], tokens.shape[2] - 1
+    width, head_width = shape.width, shape.width // shape.heads
+    inputs, targets = tokens[:, :, :-1], tokens[:, :, 1:]
+
+    embedding = parameters["embedding"]
+    first_rows = torch.arange(runs, device=tokens.device)[:, None, None] * shape.vocab_size
+    x = F.embedding((inputs + first_rows).flatten(), embedding.flatten(0, 1))
+    x = x.view(runs, batch * length, width)
+    for layer in range(shape.layers):
+        p = {n: parameters[f"layers.{layer}.{n}"] for n in _LAYER_NAMES}
+        qkv = torch.bmm(_norm(x, p["attention_norm"]), p["qkv"])
+        qkv = qkv.view(runs * batch, length, 3, shape.heads, head_width).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            rotary(qkv[0]), rotary(qkv[1]), qkv[2], is_causal=True
+        )
+        mixed = mixed.transpose(1, 2).reshape(runs, batch * length, width)
+        x = x + torch.bmm(mixed, p["attention_out"])
+        gate, up = torch.bmm(_norm(x, p["ffn_norm"]), p["gate_up"]).chunk(2, dim=-1)
+        x = x + torch.bmm(F.silu(gate) * up, p["down"])
+    head = embedding if shape.tied_embeddings else parameters["head"]
+    logits = torch.bmm(_norm(x, parameters["norm"]), head.transpose(1, 2))
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(runs, batch, length)
+
+
+_LAYER_NAMES = ("attention_norm", "qkv", "attention_out", "ffn_norm", "gate_up", "down")

@@ -1,0 +1,141 @@
+"""A trial: one pack, trained by Ray Train inside a Tune actor that is used again for the next.
+
+Ray Train's local mode (ScalingConfig(num_workers=0)) runs the one training loop in the actor's own
+process, which costs 0.1-0.2 s a pack where a fresh worker group costs 30 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+import ray
+from ray import train, tune
+from ray.train.torch import TorchTrainer
+
+from rayx.corpus import Corpus
+from rayx.errors import StoreError
+from rayx.record import Failure, Record
+from rayx.spec import TrainSpec
+from rayx.store import open_store
+
+
+class TrainPack(Protocol):
+    """The training loop that a sweep is given (`rayx.proxy.train_pack`)."""
+
+    def __call__(
+        self,
+        specs: Sequence[TrainSpec],
+        corpus: Corpus,
+        *,
+        pack_id: str,
+        commit: str,
+        device: str,
+        on_progress: Callable[[int], None],
+    ) -> list[Record]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a trial needs beside its pack; none of it can change a result."""
+
+    store_url: str
+    corpus_url: str
+    train_pack: TrainPack
+    commit: str
+    run_ids: frozenset[str]  # the runs to train; others of their packs are done already
+
+
+class PackTrial(tune.Trainable):
+    """Trains the missing runs of one pack and writes their records."""
+
+    def setup(self, config: dict[str, Any], surroundings: Surroundings) -> None:
+        """Open the store and the corpus once for all packs of this actor."""
+        self.surroundings = surroundings
+        self.store = open_store(surroundings.store_url)
+        self.corpus: Corpus | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next pack in the same process."""
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one pack to the end.
+
+        Only the death of the process is left to Tune's failure handling, which starts the pack
+        again; an exception in a run becomes its failure record, so that it burns no retry and
+        takes no other run with it.
+        """
+        pack_id = self.config["pack"]
+        ended = set(self.store.names("records"))
+        specs = [
+            spec
+            for spec in self.store.get_pack(pack_id)
+            if spec.run_id in self.surroundings.run_ids and spec.run_id not in ended
+        ]
+        if specs:
+            trainer = TorchTrainer(
+                lambda: self._train(pack_id, specs),
+                scaling_config=train.ScalingConfig(num_workers=0),
+            )
+            trainer.fit()
+        return {"runs": len(specs), "done": True}
+
+    def _train(self, pack_id: str, specs: list[TrainSpec]) -> None:
+        try:
+            if self.corpus is None:
+                self.corpus = Corpus.load(self.surroundings.corpus_url)
+            records = self.surroundings.train_pack(
+                specs,
+                self.corpus,
+                pack_id=pack_id,
+                commit=self.surroundings.commit,
+                device="cuda" if ray.get_gpu_ids() else "cpu",
+                on_progress=lambda tokens: self._beat(pack_id, specs, tokens),
+            )
+        except Exception as error:  # the worker's edge: whatever it is, it goes on record
+            if len(specs) > 1:
+                # One run may have broken its pack: alone, only the culprit fails.
+                for spec in specs:
+                    self._train(pack_id, [spec])
+                return
+            records = [failed_record(specs[0], error, pack_id, self.surroundings.commit)]
+        for record in records:
+            self.store.put(record)
+        if pack_id in self.store.names("heartbeats"):
+            self.store.remove(f"heartbeats/{pack_id}.json")
+
+    def _beat(self, pack_id: str, specs: list[TrainSpec], tokens: int) -> None:
+        # A heartbeat that cannot be written must not cost the pack; its records will be.
+        run_ids = [spec.run_id for spec in specs]
+        with contextlib.suppress(StoreError):
+            self.store.beat(f"heartbeats/{pack_id}", runs=run_ids, tokens_per_run=tokens)
+
+
+def failed_record(spec: TrainSpec, error: Exception, pack_id: str, commit: str) -> Record:
+    """Return the record of a run that raised."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Record(
+        spec=spec,
+        curve=(),
+        epochs={},
+        tokens=0,
+        flops=0.0,
+        seconds=0.0,
+        pack_id=pack_id,
+        pack_runs=1,
+        device="",
+        versions={},
+        commit=commit,
+        started=now,
+        finished=now,
+        failure=Failure(
+            type=type(error).__name__,
+            message=str(error) or type(error).__name__,
+            traceback="".join(traceback.format_exception(error)),
+        ),
+    )
