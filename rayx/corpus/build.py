@@ -1,0 +1,317 @@
+"""Stage 1, corpus: sources of text -> a corpus on disk.
+
+Three steps: stage (read, drop duplicates, choose held-out documents), tokenizer, encode (held-out
+first, so a domain that is too small is known before the long part). What is finished stays in
+`.build/` until the manifest is written: a killed build that is started again with the same
+parameters goes on and gives the same corpus; with others it starts anew. Staged text takes about
+a third of the text's size on disk while the build runs.
+
+Same sources, parameters and library versions give the same fingerprint, with or without Ray Data
+and on any number of workers. The order of the sources matters only for documents that occur in
+several of them, for a domain that comes from several of them, and for a trained tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+
+from rayx.corpus.corpus import FORMAT_VERSION, MANIFEST, Corpus
+from rayx.corpus.encode import encode_shard
+from rayx.corpus.progress import progress
+from rayx.corpus.source import Location, Source, documents, locate
+from rayx.corpus.stage import SPLITS, Tally, stage_sources, staged_parts
+from rayx.corpus.tokenizer import (
+    MIN_VOCAB_SIZE,
+    balanced_texts,
+    eos_id,
+    load_tokenizer,
+    num_ids,
+    train_tokenizer,
+)
+from rayx.errors import CorpusError
+
+log = logging.getLogger(__name__)
+
+STATE = ".build"
+LOCK = ".lock"
+TOKENIZER = "tokenizer.json"
+RAY_BYTES = 64_000_000  # below this much text, starting Ray takes longer than encoding it
+
+
+def build_corpus(
+    sources: Sequence[Source],
+    out: str | Path,
+    *,
+    tokenizer: int | str | Path,
+    heldout_share: float = 0.05,
+    min_heldout_tokens: int = 1024,
+    seed: int = 0,
+    parallel: bool | None = None,
+) -> Corpus:
+    """Build a corpus, or go on with an interrupted build of it.
+
+    Args:
+        sources: Where the text comes from.
+        out: Local folder: new, empty, or of the same build.
+        tokenizer: Vocabulary size of a byte-level BPE to train on the train documents (>= 260),
+            a tokenizers JSON file, or a Hugging Face name.
+        heldout_share: Expected share of documents (or groups) held out, in (0, 0.5].
+        min_heldout_tokens: Fewest held-out tokens that a target may have, >= 1.
+        seed: Decides which documents are held out.
+        parallel: Tokenise on Ray Data; None does so above 64 MB of text.
+
+    Returns:
+        The corpus. If `out` already holds this corpus, it is returned as it is.
+
+    Raises:
+        CorpusError: A parameter, source or the output folder cannot be used, a domain has no
+            train documents or too few held-out tokens, or another build writes there.
+    """
+    out = Path(out).expanduser().absolute()
+    _check_parameters(sources, tokenizer, heldout_share, min_heldout_tokens, seed)
+    located = [(s, locate(s)) for s in sources]
+    given = None if isinstance(tokenizer, int) else load_tokenizer(str(tokenizer))
+    given_json = given.to_str() if given else None
+    key = _build_key(located, given_json or str(tokenizer), heldout_share, seed)
+    _check_out(out)
+    with _locked(out):
+        if _already_built(out, key):
+            return Corpus.load(out)
+        for source, location in located:
+            if next(documents(source, location), None) is None:
+                raise CorpusError(f"Source {source.path!r} is empty: it has no rows.")
+        state = _begin(out, key)
+        # text kept for evaluation first: a train document equal to one of its documents is dropped
+        located.sort(key=lambda pair: not pair[0].evaluation_only)
+        with progress("reading") as advance:
+            tallies, homeless = stage_sources(located, state / "text", heldout_share, seed, advance)
+        _check_tallies(tallies, heldout_share)
+        tallies = dict(sorted(tallies.items(), key=lambda item: item[1].evaluation_only))
+        if not (out / TOKENIZER).exists():
+            made = given_json or _train(state / "text", tallies, int(str(tokenizer)))
+            _write(out / TOKENIZER, made)
+        shards = _encode(out, state, tallies, min_heldout_tokens, parallel)
+        _write_manifest(out, key, tallies, homeless, shards, tokenizer)
+        shutil.rmtree(state)
+    corpus = Corpus.load(out)
+    log.info("built %r", corpus)
+    return corpus
+
+
+def _check_parameters(
+    sources: Sequence[Source], tokenizer: Any, share: float, min_tokens: int, seed: int
+) -> None:
+    if not sources:
+        raise CorpusError("There are no sources; give at least one Source.")
+    if not 0 < share <= 0.5:
+        raise CorpusError(f"heldout_share is {share}, expected a share in (0, 0.5].")
+    if min_tokens < 1:
+        raise CorpusError(f"min_heldout_tokens is {min_tokens}, expected at least 1.")
+    if not -(2**63) <= seed < 2**63:
+        raise CorpusError(f"seed is {seed}, expected a 64-bit integer.")
+    if isinstance(tokenizer, int) and tokenizer < MIN_VOCAB_SIZE:
+        raise CorpusError(
+            f"Vocabulary size {tokenizer} is too small: 256 bytes, end of text and a few merges "
+            f"need at least {MIN_VOCAB_SIZE}."
+        )
+    kinds: dict[str, tuple[str, bool]] = {}
+    for source in sources:
+        if source.domain is None:
+            continue
+        name, out_only = kinds.setdefault(
+            source.domain.casefold(), (source.domain, source.evaluation_only)
+        )
+        if name != source.domain:
+            raise CorpusError(f"Domains {name!r} and {source.domain!r} differ only by case.")
+        if out_only != source.evaluation_only:
+            raise CorpusError(
+                f"Domain {name!r} is given by sources with evaluation_only=True and =False; give "
+                "the held-out one a name of its own."
+            )
+    if all(source.evaluation_only for source in sources):
+        raise CorpusError("All sources are evaluation_only; there is nothing to train on.")
+
+
+def _build_key(located: list[tuple[Source, Location]], *parameters: Any) -> str:
+    """Hash of all that decides the result; a local file counts by path, size and time."""
+    files = [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns]
+             for _, location in located if location.local for f in location.files]  # fmt: skip
+    facts = [FORMAT_VERSION, [asdict(source) for source, _ in located], files, parameters]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CorpusError(f"Output {str(out)!r} is a file, expected a folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise CorpusError(f"Output folder {str(out)!r} cannot be written: {error}") from None
+    names = {p.name for p in out.iterdir()} - {LOCK}
+    if names and not names & {MANIFEST, STATE}:
+        raise CorpusError(
+            f"Output folder {str(out)!r} holds something that is not a corpus "
+            f"({', '.join(sorted(names)[:3])}); name a new folder."
+        )
+
+
+def _locked(out: Path) -> FileLock:
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CorpusError(f"Another build is writing to {str(out)!r}; wait for it.") from None
+    return lock
+
+
+def _already_built(out: Path, key: str) -> bool:
+    if not (out / MANIFEST).exists():
+        return False
+    found = Corpus.load(out)
+    if found.manifest["build_key"] != key:
+        raise CorpusError(
+            f"{str(out)!r} holds corpus {found.fingerprint}, built from other sources, versions of "
+            "them or parameters. Name another folder, or delete that one to replace it."
+        )
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    return True
+
+
+def _begin(out: Path, key: str) -> Path:
+    state = out / STATE
+    file = state / "key"
+    if state.exists() and (not file.exists() or file.read_text(encoding="utf-8") != key):
+        log.warning("%s: sources or parameters have changed; the build starts anew", out)
+        for left in (state, out / "domains"):
+            shutil.rmtree(left, ignore_errors=True)
+        (out / TOKENIZER).unlink(missing_ok=True)
+    elif state.exists():
+        log.info("%s: going on with an interrupted build", out)
+    state.mkdir(exist_ok=True)
+    _write(file, key)
+    return state
+
+
+def _check_tallies(tallies: dict[str, Tally], share: float) -> None:
+    for name, tally in tallies.items():
+        skipped = ", ".join(f"{n} {reason}" for reason, n in tally.skipped.items()) or "none"
+        lost = f"skipped: {skipped}; duplicates: {tally.duplicates}"
+        count = sum(tally.documents.values())
+        if not count:
+            raise CorpusError(f"Domain {name!r} is empty: no document is left ({lost}).")
+        for split in SPLITS:
+            if not tally.documents[split] and not (tally.evaluation_only and split == "train"):
+                raise CorpusError(
+                    f"Domain {name!r} is too small: of {count} documents ({lost}), 0 are "
+                    f"{split} at heldout_share {share}. Add documents, cut them into pieces, or "
+                    "change heldout_share."
+                )
+
+
+def _train(text: Path, tallies: dict[str, Tally], vocab_size: int) -> str:
+    def read(domain: str) -> Iterator[str]:
+        for part in staged_parts(text, domain, "train"):
+            yield from pq.read_table(part, columns=["text"])["text"].to_pylist()
+
+    sizes = {n: t.bytes["train"] for n, t in tallies.items() if not t.evaluation_only}
+    readers: dict[str, Callable[[], Iterator[str]]] = {n: partial(read, n) for n in sizes}
+    log.info("training a tokenizer of %d tokens", vocab_size)
+    return train_tokenizer(balanced_texts(readers, sizes), vocab_size).to_str()
+
+
+def _encode(
+    out: Path, state: Path, tallies: dict[str, Tally], min_tokens: int, parallel: bool | None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
+    dtype = _dtype(tokenizer_json)
+    total = sum(t.bytes.total() for t in tallies.values())
+    on_ray = total > RAY_BYTES if parallel is None else parallel
+    shards: dict[tuple[str, str], dict[str, Any]] = {}
+    with progress("encoding", total) as advance:
+        for split in ("heldout", "train"):
+            for name, tally in tallies.items():
+                if not tally.documents[split]:
+                    continue
+                parts = staged_parts(state / "text", name, split)
+                file = f"domains/{name}/{split}.bin"
+                facts_file = state / "encoded" / f"{name}.{split}.json"
+                facts = encode_shard(parts, out / file, facts_file, tokenizer_json, dtype,
+                                     on_ray, advance)  # fmt: skip
+                shards[name, split] = {"file": file} | facts
+                if split == "heldout" and facts["tokens"] < min_tokens:
+                    raise CorpusError(
+                        f"Domain {name!r} is too small for its held-out share: it has "
+                        f"{facts['tokens']} held-out tokens in {facts['documents']} documents, "
+                        f"needed are {min_tokens}. Add text, raise heldout_share or lower "
+                        "min_heldout_tokens."
+                    )
+    return shards
+
+
+def _write_manifest(
+    out: Path,
+    key: str,
+    tallies: dict[str, Tally],
+    homeless: dict[str, int],
+    shards: dict[tuple[str, str], dict[str, Any]],
+    asked: int | str | Path,
+) -> None:
+    tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer_hash = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    domains = []
+    for name, tally in tallies.items():
+        mine = {split: shards[name, split] for split in SPLITS if (name, split) in shards}
+        hashes = [tokenizer_hash, *(f"{split} {mine[split]['sha256']}" for split in mine)]
+        domains.append({
+            "name": name, "evaluation_only": tally.evaluation_only, **mine,
+            "duplicates": tally.duplicates, "skipped": dict(tally.skipped),
+            "fingerprint": _fingerprint(hashes),
+        })  # fmt: skip
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": _fingerprint(sorted(f"{d['name']} {d['fingerprint']}" for d in domains)),
+        "build_key": key,
+        "tokenizer": {"file": TOKENIZER, "file_bytes": len(tokenizer_json.encode()),
+                      "sha256": tokenizer_hash},
+        "vocab_size": num_ids(tokenizer),
+        "vocab_size_asked": asked if isinstance(asked, int) else None,
+        "eos_id": eos_id(tokenizer),
+        "dtype": _dtype(tokenizer_json),
+        "domains": domains,
+        "skipped_without_domain": dict(homeless),
+    }  # fmt: skip
+    _write(out / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _fingerprint(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _dtype(tokenizer_json: str) -> str:
+    return "<u2" if num_ids(Tokenizer.from_str(tokenizer_json)) <= 65_536 else "<u4"
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial_file = file.with_name(file.name + ".partial")
+    with open(partial_file, "w", encoding="utf-8", newline="") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial_file, file)

@@ -1,0 +1,217 @@
+"""Stage 1, corpus: a built corpus, as everything after it sees it.
+
+A corpus is a folder: `manifest.json` (written last, so it exists only for a finished corpus),
+`tokenizer.json` and `domains/<name>/{train,heldout}.bin`. Its fingerprint is a hash of tokenizer
+and shards and does not depend on where or when it was built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+from tokenizers import Tokenizer
+
+from rayx.corpus.tokenizer import plain
+from rayx.errors import CorpusError, did_you_mean
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REBUILD = "Build the corpus again, or copy it again from where it is whole."
+
+
+class Corpus:
+    """Domains with their token shards, held-out sets, tokenizer and fingerprint.
+
+    Tokens count the end-of-text token that closes each document; bytes are UTF-8 bytes of text.
+
+    Args:
+        url: Where the corpus lies; use `Corpus.load`.
+        manifest: The parsed manifest.
+    """
+
+    def __init__(self, url: str, manifest: dict[str, Any]) -> None:
+        self.url = url
+        self.manifest = manifest
+        self._domains: dict[str, dict[str, Any]] = {d["name"]: d for d in manifest["domains"]}
+
+    @classmethod
+    def load(cls, url: str | Path) -> Corpus:
+        """Open a corpus and check that its files are there with the right sizes.
+
+        Raises:
+            CorpusError: There is no corpus, its format is another version's, or a file is
+                missing or truncated.
+        """
+        filesystem, root = _open(str(url))
+        corpus = cls(str(url), _read_manifest(filesystem, root))
+        files = [(name, size) for name, size, _ in corpus._files()]
+        infos = filesystem.get_file_info([f"{root}/{name}" for name, _ in files])
+        for (name, size), info in zip(files, infos, strict=True):
+            if info.type != fs.FileType.File:
+                raise CorpusError(f"Corpus {url}: {name} is missing ({size} bytes). {REBUILD}")
+            if info.size != size:
+                raise CorpusError(
+                    f"Corpus {url}: {name} has {info.size} bytes, expected {size}. {REBUILD}"
+                )
+        return corpus
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.url!r}, {self.fingerprint}, {', '.join(self.targets)})"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the content: tokenizer, domain names and shards."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def domain_fingerprints(self) -> dict[str, str]:
+        """The same for each target alone."""
+        return {name: d["fingerprint"] for name, d in self._domains.items()}
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains that a mixture can train on."""
+        return tuple(n for n, d in self._domains.items() if not d["evaluation_only"])
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Names with held-out tokens: the domains, then the evaluation-only ones."""
+        return self.domains + tuple(n for n, d in self._domains.items() if d["evaluation_only"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends each document."""
+        return self.manifest["eos_id"]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Train tokens of each domain."""
+        return {name: self._domains[name]["train"]["tokens"] for name in self.domains}
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of train text of each domain."""
+        return {name: self._domains[name]["train"]["bytes"] for name in self.domains}
+
+    @property
+    def heldout_tokens(self) -> dict[str, int]:
+        """Held-out tokens of each target."""
+        return {name: self._domains[name]["heldout"]["tokens"] for name in self.targets}
+
+    @property
+    def heldout_bytes(self) -> dict[str, int]:
+        """Bytes of held-out text of each target."""
+        return {name: self._domains[name]["heldout"]["bytes"] for name in self.targets}
+
+    def bytes_per_token(self, target: str) -> float:
+        """Bytes of text per token of the held-out set: turns nats per token to bits per byte."""
+        heldout = self._target(target)["heldout"]
+        return heldout["bytes"] / heldout["tokens"]
+
+    def proportional(self) -> dict[str, float]:
+        """Weights of the domains by their train tokens; they sum to 1."""
+        total = sum(self.tokens.values())
+        return {name: tokens / total for name, tokens in self.tokens.items()}
+
+    def train(self, domain: str) -> np.memmap:
+        """Return a domain's train tokens, 1-d, read from disk as they are used.
+
+        Raises:
+            CorpusError: No such domain, or it is evaluation-only.
+        """
+        if self._target(domain)["evaluation_only"]:
+            raise CorpusError(
+                f"{domain!r} is evaluation-only in corpus {self.url}: it has no train tokens. "
+                f"Domains to train on: {', '.join(self.domains)}."
+            )
+        return self._map(domain, "train")
+
+    def heldout(self, target: str) -> np.memmap:
+        """Return a target's held-out tokens, 1-d, read from disk as they are used.
+
+        Raises:
+            CorpusError: No such target.
+        """
+        self._target(target)
+        return self._map(target, "heldout")
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, with special tokens inside a text taken as plain text."""
+        filesystem, root = _open(self.url)
+        with filesystem.open_input_file(f"{root}/{self.manifest['tokenizer']['file']}") as file:
+            return plain(file.read().decode())
+
+    def verify(self) -> None:
+        """Read every file and compare its hash.
+
+        Raises:
+            CorpusError: The content of a file has changed.
+        """
+        filesystem, root = _open(self.url)
+        for name, _, expected in self._files():
+            with filesystem.open_input_file(f"{root}/{name}") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+            if digest.hexdigest() != expected:
+                raise CorpusError(
+                    f"Corpus {self.url}: the content of {name} has changed (sha256 "
+                    f"{digest.hexdigest()[:16]}..., expected {expected[:16]}...). {REBUILD}"
+                )
+
+    def _target(self, name: str) -> dict[str, Any]:
+        if name not in self._domains:
+            raise CorpusError(
+                f"Corpus {self.url} has no domain {name!r}; it has {', '.join(self.targets)}."
+                + did_you_mean(name, self.targets)
+            )
+        return self._domains[name]
+
+    def _map(self, name: str, split: str) -> np.memmap:
+        if "://" in self.url and not self.url.startswith("file://"):
+            raise CorpusError(f"Corpus {self.url}: tokens can only be mapped from a local copy.")
+        file = Path(_open(self.url)[1]) / self._domains[name][split]["file"]
+        return np.memmap(file, dtype=self.manifest["dtype"], mode="r")
+
+    def _files(self) -> list[tuple[str, int, str]]:
+        shards = [d[s] for d in self._domains.values() for s in ("train", "heldout") if s in d]
+        files = [self.manifest["tokenizer"], *shards]
+        return [(f["file"], f["file_bytes"], f["sha256"]) for f in files]
+
+
+def _open(url: str) -> tuple[fs.FileSystem, str]:
+    if "://" in url:
+        filesystem, root = fs.FileSystem.from_uri(url)
+        return filesystem, root.rstrip("/")
+    return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+
+
+def _read_manifest(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
+    file = f"{root}/{MANIFEST}"
+    try:
+        with filesystem.open_input_file(file) as stream:
+            manifest = json.loads(stream.read())
+    except FileNotFoundError:
+        raise CorpusError(
+            f"{root} is no corpus: it has no {MANIFEST}. Build one with `rayx corpus build`; an "
+            "interrupted build goes on when it is started again."
+        ) from None
+    except ValueError as error:
+        raise CorpusError(f"{file} is not JSON ({error}). {REBUILD}") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CorpusError(
+            f"{file} has format version {version!r}, this rayx reads {FORMAT_VERSION}. {REBUILD}"
+        )
+    return manifest

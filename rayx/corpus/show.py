@@ -1,0 +1,43 @@
+"""Stage 1, corpus: what a corpus holds, as a table."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from rayx.corpus.corpus import Corpus
+
+
+def describe(corpus: Corpus) -> pd.DataFrame:
+    """Return one row per target, in the order of `corpus.targets`.
+
+    Returns:
+        Index `domain`; columns documents, tokens, bytes and share (of train tokens; 0 for an
+        evaluation-only target), bytes_per_token, heldout_documents, heldout_tokens,
+        heldout_bytes, duplicates (documents removed), skipped (documents), reasons, fingerprint.
+        Rows that named no domain are under `(no domain)`.
+    """
+    by_name = {d["name"]: d for d in corpus.manifest["domains"]}
+    shares = corpus.proportional()
+    none = {"documents": 0, "tokens": 0, "bytes": 0}
+    rows = []
+    for name in corpus.targets:
+        domain = by_name[name]
+        train, heldout = domain.get("train", none), domain["heldout"]
+        rows.append({"domain": name, **{k: train[k] for k in none}, "share": shares.get(name, 0.0),
+                     "bytes_per_token": corpus.bytes_per_token(name),
+                     **{f"heldout_{k}": heldout[k] for k in none},
+                     "duplicates": domain["duplicates"],
+                     "skipped": sum(domain["skipped"].values()),
+                     "reasons": _reasons(domain["skipped"]),
+                     "fingerprint": domain["fingerprint"]})  # fmt: skip
+    homeless = corpus.manifest["skipped_without_domain"]
+    if homeless:
+        rows.append({"domain": "(no domain)", **none, "share": 0.0, "bytes_per_token": float("nan"),
+                     **{f"heldout_{k}": 0 for k in none}, "duplicates": 0,
+                     "skipped": sum(homeless.values()), "reasons": _reasons(homeless),
+                     "fingerprint": ""})  # fmt: skip
+    return pd.DataFrame(rows).set_index("domain")
+
+
+def _reasons(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items())
