@@ -18,7 +18,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,19 +27,24 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from tokenizers import Tokenizer
 
-from rayx.corpus.corpus import FORMAT_VERSION, MANIFEST, Corpus
+from rayx.corpus.corpus import Corpus
 from rayx.corpus.encode import encode_shard
+from rayx.corpus.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    shard_dtype,
+    write_manifest,
+    write_whole,
+)
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source, documents, locate
 from rayx.corpus.stage import SPLITS, Tally, stage_sources, staged_parts
 from rayx.corpus.tokenizer import (
     MIN_VOCAB_SIZE,
     balanced_texts,
-    eos_id,
     load_tokenizer,
-    num_ids,
     train_tokenizer,
 )
 from rayx.errors import CorpusError
@@ -47,7 +53,6 @@ log = logging.getLogger(__name__)
 
 STATE = ".build"
 LOCK = ".lock"
-TOKENIZER = "tokenizer.json"
 RAY_BYTES = 64_000_000  # below this much text, starting Ray takes longer than encoding it
 
 
@@ -102,9 +107,9 @@ def build_corpus(
         tallies = dict(sorted(tallies.items(), key=lambda item: item[1].evaluation_only))
         if not (out / TOKENIZER).exists():
             made = given_json or _train(state / "text", tallies, int(str(tokenizer)))
-            _write(out / TOKENIZER, made)
+            write_whole(out / TOKENIZER, made)
         shards = _encode(out, state, tallies, min_heldout_tokens, parallel)
-        _write_manifest(out, key, tallies, homeless, shards, tokenizer)
+        write_manifest(out, key, tallies, homeless, shards, tokenizer)
         shutil.rmtree(state)
     corpus = Corpus.load(out)
     log.info("built %r", corpus)
@@ -170,13 +175,11 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _locked(out: Path) -> FileLock:
-    lock = FileLock(out / LOCK)
+def _locked(out: Path) -> AbstractContextManager[object]:
     try:
-        lock.acquire(timeout=0)
+        return FileLock(out / LOCK).acquire(timeout=0)
     except Timeout:
         raise CorpusError(f"Another build is writing to {str(out)!r}; wait for it.") from None
-    return lock
 
 
 def _already_built(out: Path, key: str) -> bool:
@@ -203,7 +206,7 @@ def _begin(out: Path, key: str) -> Path:
     elif state.exists():
         log.info("%s: going on with an interrupted build", out)
     state.mkdir(exist_ok=True)
-    _write(file, key)
+    write_whole(file, key)
     return state
 
 
@@ -229,7 +232,7 @@ def _train(text: Path, tallies: dict[str, Tally], vocab_size: int) -> str:
             yield from pq.read_table(part, columns=["text"])["text"].to_pylist()
 
     sizes = {n: t.bytes["train"] for n, t in tallies.items() if not t.evaluation_only}
-    readers: dict[str, Callable[[], Iterator[str]]] = {n: partial(read, n) for n in sizes}
+    readers: dict[str, Callable[[], Iterable[str]]] = {n: partial(read, n) for n in sizes}
     log.info("training a tokenizer of %d tokens", vocab_size)
     return train_tokenizer(balanced_texts(readers, sizes), vocab_size).to_str()
 
@@ -238,7 +241,7 @@ def _encode(
     out: Path, state: Path, tallies: dict[str, Tally], min_tokens: int, parallel: bool | None
 ) -> dict[tuple[str, str], dict[str, Any]]:
     tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
-    dtype = _dtype(tokenizer_json)
+    dtype = shard_dtype(tokenizer_json)
     total = sum(t.bytes.total() for t in tallies.values())
     on_ray = total > RAY_BYTES if parallel is None else parallel
     shards: dict[tuple[str, str], dict[str, Any]] = {}
@@ -261,57 +264,3 @@ def _encode(
                         "min_heldout_tokens."
                     )
     return shards
-
-
-def _write_manifest(
-    out: Path,
-    key: str,
-    tallies: dict[str, Tally],
-    homeless: dict[str, int],
-    shards: dict[tuple[str, str], dict[str, Any]],
-    asked: int | str | Path,
-) -> None:
-    tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer_hash = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-    domains = []
-    for name, tally in tallies.items():
-        mine = {split: shards[name, split] for split in SPLITS if (name, split) in shards}
-        hashes = [tokenizer_hash, *(f"{split} {mine[split]['sha256']}" for split in mine)]
-        domains.append({
-            "name": name, "evaluation_only": tally.evaluation_only, **mine,
-            "duplicates": tally.duplicates, "skipped": dict(tally.skipped),
-            "fingerprint": _fingerprint(hashes),
-        })  # fmt: skip
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(sorted(f"{d['name']} {d['fingerprint']}" for d in domains)),
-        "build_key": key,
-        "tokenizer": {"file": TOKENIZER, "file_bytes": len(tokenizer_json.encode()),
-                      "sha256": tokenizer_hash},
-        "vocab_size": num_ids(tokenizer),
-        "vocab_size_asked": asked if isinstance(asked, int) else None,
-        "eos_id": eos_id(tokenizer),
-        "dtype": _dtype(tokenizer_json),
-        "domains": domains,
-        "skipped_without_domain": dict(homeless),
-    }  # fmt: skip
-    _write(out / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _fingerprint(parts: list[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _dtype(tokenizer_json: str) -> str:
-    return "<u2" if num_ids(Tokenizer.from_str(tokenizer_json)) <= 65_536 else "<u4"
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial_file = file.with_name(file.name + ".partial")
-    with open(partial_file, "w", encoding="utf-8", newline="") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial_file, file)

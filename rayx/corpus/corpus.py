@@ -8,7 +8,6 @@ and shards and does not depend on where or when it was built.
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,9 @@ import numpy as np
 from pyarrow import fs
 from tokenizers import Tokenizer
 
+from rayx.corpus.manifest import REBUILD, read_manifest
 from rayx.corpus.tokenizer import plain
 from rayx.errors import CorpusError, did_you_mean
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-REBUILD = "Build the corpus again, or copy it again from where it is whole."
 
 
 class Corpus:
@@ -49,7 +45,7 @@ class Corpus:
                 missing or truncated.
         """
         filesystem, root = _open(str(url))
-        corpus = cls(str(url), _read_manifest(filesystem, root))
+        corpus = cls(str(url), read_manifest(filesystem, root))
         files = [(name, size) for name, size, _ in corpus._files()]
         infos = filesystem.get_file_info([f"{root}/{name}" for name, _ in files])
         for (name, size), info in zip(files, infos, strict=True):
@@ -195,23 +191,3 @@ def _open(url: str) -> tuple[fs.FileSystem, str]:
         filesystem, root = fs.FileSystem.from_uri(url)
         return filesystem, root.rstrip("/")
     return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
-
-
-def _read_manifest(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
-    file = f"{root}/{MANIFEST}"
-    try:
-        with filesystem.open_input_file(file) as stream:
-            manifest = json.loads(stream.read())
-    except FileNotFoundError:
-        raise CorpusError(
-            f"{root} is no corpus: it has no {MANIFEST}. Build one with `rayx corpus build`; an "
-            "interrupted build goes on when it is started again."
-        ) from None
-    except ValueError as error:
-        raise CorpusError(f"{file} is not JSON ({error}). {REBUILD}") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CorpusError(
-            f"{file} has format version {version!r}, this rayx reads {FORMAT_VERSION}. {REBUILD}"
-        )
-    return manifest

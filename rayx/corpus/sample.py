@@ -38,7 +38,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rayx.corpus.build import build_corpus
-from rayx.corpus.corpus import MANIFEST, Corpus
+from rayx.corpus.corpus import Corpus
+from rayx.corpus.manifest import MANIFEST
 from rayx.corpus.source import Source
 from rayx.errors import CorpusError, did_you_mean
 

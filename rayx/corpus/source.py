@@ -191,8 +191,7 @@ def _check_parquet(source: Source, file: str) -> None:
 
 
 def _check_columns(source: Source, where: str, columns: list[str]) -> None:
-    wanted = (source.text_column, source.domain_column, source.group_column)
-    for column in wanted:
+    for column in (source.text_column, source.domain_column, source.group_column):
         if column is not None and column not in columns:
             raise CorpusError(
                 f"{where} has no column {column!r}; columns found: {', '.join(columns)}."
@@ -222,7 +221,7 @@ def documents(source: Source, location: Location) -> Iterator[Document]:
         if source.group_column is not None and row.get(source.group_column) is not None:
             group = str(row[source.group_column])
         skip = _reason_to_skip(text)
-        yield Document(domain, "" if skip else text, group, skip)
+        yield Document(domain, "" if skip else str(text), group, skip)
 
 
 def _reason_to_skip(text: Any) -> str | None:
@@ -242,10 +241,9 @@ def _reason_to_skip(text: Any) -> str | None:
 def _load(source: Source, files: tuple[str, ...], builder: str, **options: Any) -> Any:
     from datasets import load_dataset
 
-    local = not any("://" in f for f in files)
-    streaming = source.streaming or local
-    return load_dataset(builder, data_files=list(files), split="train", streaming=streaming,
-                        **options)  # fmt: skip
+    stream = source.streaming or "://" not in files[0]
+    data_files = list(files)
+    return load_dataset(builder, data_files=data_files, split="train", streaming=stream, **options)
 
 
 def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
@@ -256,11 +254,11 @@ def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
     columns = (source.text_column, source.domain_column, source.group_column)
     try:
         if location.format == "txt":
-            yield from _load(source, location.files, "text", sample_by="document",
-                             encoding_errors="replace")  # fmt: skip
+            options = {"sample_by": "document", "encoding_errors": "replace"}
+            yield from _load(source, location.files, "text", **options)
             return
         if location.format == "hub":
-            data = load_dataset(source.path, split=source.split, streaming=source.streaming)
+            data: Any = load_dataset(source.path, split=source.split, streaming=source.streaming)
         else:
             data = _load(source, location.files, "parquet")
         if data.column_names:
