@@ -1,0 +1,29 @@
+"""Stage 5, regression: runs in, a model of loss as a function of the mixture out."""
+
+from rayx.fit.auto import fit_table, regressors
+from rayx.fit.boosted_trees import LightGBM
+from rayx.fit.evaluate import fit_command, score
+from rayx.fit.fitted import FittedTable
+from rayx.fit.gaussian_process import GaussianProcess
+from rayx.fit.inverse_power import InversePower
+from rayx.fit.linear import Mean, Ridge
+from rayx.fit.log_linear import LogLinear
+from rayx.fit.regressor import PointRegressor, Regressor
+from rayx.fit.table import Table
+
+__all__ = [
+    "FittedTable",
+    "GaussianProcess",
+    "InversePower",
+    "LightGBM",
+    "LogLinear",
+    "Mean",
+    "PointRegressor",
+    "Regressor",
+    "Ridge",
+    "Table",
+    "fit_command",
+    "fit_table",
+    "regressors",
+    "score",
+]

@@ -1,0 +1,208 @@
+"""Stage 5, regression: one fitted model per target, and what it says about a weighted objective.
+
+Intervals rest on the out-of-fold residuals: those of each target for its own interval, those of the
+weighted sum for an objective (targets err together, so their variances do not simply add), and
+those of pairs of rows for the difference between two mixtures. They cover the loss of one more run,
+noise included.
+
+Shapes: R runs, K domains, M mixtures to predict, T targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+import pandas as pd
+
+from rayx.errors import FitError, did_you_mean
+from rayx.fit.regressor import CrossFit, checked_weights
+from rayx.fit.table import Table
+
+MIN_JOINT_ROWS = 8
+MAX_PAIRS = 200_000
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTable:
+    """The models of a table's targets.
+
+    Attributes:
+        table: What was fitted.
+        models: For each target its chosen model; fitted on the rows that have that target.
+        regressors: For each target the name of what was chosen, "a+b" for an average.
+        cv: One row per target and regressor tried: target, regressor, spearman, r2, mse, chosen.
+        no_signal: Targets that no regressor predicts better than their mean does.
+        warnings: What should make one distrust the fit, in words.
+    """
+
+    table: Table
+    models: Mapping[str, CrossFit]
+    regressors: Mapping[str, str]
+    cv: pd.DataFrame
+    no_signal: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def oof_RT(self) -> np.ndarray:  # noqa: N802
+        """Predictions by models that did not see the row, shape (R, T); NaN where no loss is."""
+        oof_RT = np.full(self.table.losses_RM.shape, np.nan)
+        for t, target in enumerate(self.table.targets):
+            oof_RT[np.isfinite(self.table.losses_RM[:, t]), t] = self.models[target].oof_R
+        return oof_RT
+
+    @overload
+    def predict(self, weights_MK: np.ndarray, std: Literal[False] = False) -> np.ndarray: ...
+    @overload
+    def predict(
+        self, weights_MK: np.ndarray, std: Literal[True]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def predict(
+        self, weights_MK: np.ndarray, std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Predict all targets, shape (M, T); with `std` also their standard deviations."""
+        weights_MK = self._checked(weights_MK)
+        models = [self.models[target] for target in self.table.targets]
+        losses_MT = np.stack([model.predict_all(weights_MK) for model in models], axis=1)
+        if not std:
+            return losses_MT
+        return losses_MT, np.stack([model.std(weights_MK) for model in models], axis=1)
+
+    def interval(self, weights_MK: np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Interval for the losses of one more run of each mixture: (low_MT, high_MT).
+
+        prediction +- q std / residual_sd, q the `level` quantile of |loss - oof|.
+
+        Source: Papadopoulos et al. 2002 (normalised conformal prediction).
+        Differs: residuals of cross-validation instead of a split, so coverage is close to, not
+            guaranteed at, the level.
+        """
+        losses_MT, std_MT = self.predict(weights_MK, std=True)
+        residuals_RT = self.table.losses_RM - self.oof_RT
+        half_MT = np.empty_like(losses_MT)
+        for t, target in enumerate(self.table.targets):
+            residual_R = residuals_RT[:, t]
+            reach = _quantile(np.abs(residual_R[np.isfinite(residual_R)]), level)
+            half_MT[:, t] = reach * std_MT[:, t] / self.models[target].residual_sd
+        return losses_MT - half_MT, losses_MT + half_MT
+
+    @overload
+    def objective(
+        self, weights_MK: np.ndarray, targets: Mapping[str, float], std: Literal[False] = False
+    ) -> np.ndarray: ...
+    @overload
+    def objective(
+        self, weights_MK: np.ndarray, targets: Mapping[str, float], std: Literal[True]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def objective(
+        self, weights_MK: np.ndarray, targets: Mapping[str, float], std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Predict sum_t a_t L_t(w), the weights a normalised to sum to 1.
+
+        Args:
+            weights_MK: Mixtures.
+            targets: Target -> weight, > 0.
+            std: Also return the standard deviation, from residuals of the weighted sum.
+
+        Raises:
+            FitError: An unknown target, or a weight that is not positive.
+        """
+        weights_MK = self._checked(weights_MK)
+        shares = self.normalised(targets)
+        value_M = np.zeros(len(weights_MK))
+        for target, share in shares.items():
+            value_M += share * self.models[target].predict_all(weights_MK)
+        if not std:
+            return value_M
+        sd = float(np.sqrt(np.mean(self._objective_residuals(shares) ** 2)))
+        return value_M, sd * self._inflation(weights_MK, shares)
+
+    def objective_interval(
+        self, weights_MK: np.ndarray, targets: Mapping[str, float], level: float = 0.9
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Interval for the objective of one more run of each mixture: (low_M, high_M)."""
+        shares = self.normalised(targets)
+        value_M = self.objective(weights_MK, shares)
+        reach = _quantile(np.abs(self._objective_residuals(shares)), level)
+        half_M = reach * self._inflation(weights_MK, shares)
+        return value_M - half_M, value_M + half_M
+
+    def difference(
+        self,
+        weights_K: np.ndarray,
+        other_K: np.ndarray,
+        targets: Mapping[str, float],
+        level: float = 0.9,
+    ) -> tuple[float, float, float]:
+        """Objective of one mixture less that of another: (difference, low, high).
+
+        The interval is that of the difference of two runs, from the out-of-fold residuals of pairs
+        of rows. It is wide for neighbours, whose model errors are alike.
+        """
+        shares = self.normalised(targets)
+        both_MK = np.stack([weights_K, other_K])
+        value, other = self.objective(both_MK, shares)
+        residual_R = self._objective_residuals(shares)
+        i, j = np.triu_indices(len(residual_R), k=1)
+        step = max(1, len(i) // MAX_PAIRS)
+        gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
+        half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
+        return float(value - other), float(value - other - half), float(value - other + half)
+
+    def normalised(self, targets: Mapping[str, float]) -> dict[str, float]:
+        """The objective's weights, checked and summing to 1."""
+        if not targets:
+            raise FitError("The objective names no target; expected target -> weight.")
+        for target, weight in targets.items():
+            if target not in self.models:
+                raise FitError(
+                    f"The objective has target {target!r}, which was not fitted "
+                    f"({', '.join(self.table.targets)}).{did_you_mean(target, self.table.targets)}"
+                )
+            if not (math.isfinite(weight) and weight > 0):
+                raise FitError(
+                    f"The objective's weight of {target!r} is {weight}; expected more than 0."
+                )
+        total = sum(targets.values())
+        return {target: weight / total for target, weight in targets.items()}
+
+    def _objective_residuals(self, shares: Mapping[str, float]) -> np.ndarray:
+        """Out-of-fold residuals of the weighted sum, on rows that have all its targets."""
+        columns = [self.table.targets.index(target) for target in shares]
+        residuals_RT = (self.table.losses_RM - self.oof_RT)[:, columns]
+        share_T = np.array(list(shares.values()))
+        joint_R = np.isfinite(residuals_RT).all(1)
+        if joint_R.sum() >= MIN_JOINT_ROWS:
+            return residuals_RT[joint_R] @ share_T
+        # Too few rows have all targets: as if the errors of the targets were all one error.
+        sd_T = np.array([self.models[target].residual_sd for target in shares])
+        scaled_RT = residuals_RT / sd_T
+        return scaled_RT[np.isfinite(scaled_RT)] * float(share_T @ sd_T)
+
+    def _inflation(self, weights_MK: np.ndarray, shares: Mapping[str, float]) -> np.ndarray:
+        """How much wider than on the rows fitted the uncertainty is, shape (M,), >= 1."""
+        wide_M, usual = np.zeros(len(weights_MK)), 0.0
+        for target, share in shares.items():
+            wide_M += (share * self.models[target].std(weights_MK)) ** 2
+            usual += (share * self.models[target].residual_sd) ** 2
+        return np.sqrt(wide_M / usual)
+
+    def _checked(self, weights_MK: np.ndarray) -> np.ndarray:
+        weights_MK = checked_weights(weights_MK)
+        if weights_MK.shape[1] != len(self.table.domains):
+            raise FitError(
+                f"The mixtures have {weights_MK.shape[1]} domains; "
+                f"the table has {len(self.table.domains)}."
+            )
+        return weights_MK
+
+
+def _quantile(gaps: np.ndarray, level: float) -> float:
+    """The `level` quantile with the finite-sample step up of conformal prediction."""
+    if not 0.0 < level < 1.0:
+        raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
+    raised = min(1.0, level * (len(gaps) + 1) / len(gaps))
+    return float(np.quantile(gaps, raised, method="higher"))
