@@ -76,7 +76,8 @@ def build_corpus(
         heldout_share: Expected share of documents (or groups) held out, in (0, 0.5].
         min_heldout_tokens: Fewest held-out tokens that a target may have, >= 1.
         seed: Decides which documents are held out.
-        parallel: Tokenise on Ray Data; None does so above 64 MB of text.
+        parallel: Tokenise on Ray Data; None does so for shards of more than 64 MB of text (the
+            rest use all cores of this process' machine).
 
     Returns:
         The corpus. If `out` already holds this corpus, it is returned as it is.
@@ -243,13 +244,13 @@ def _encode(
     tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
     dtype = shard_dtype(tokenizer_json)
     total = sum(t.bytes.total() for t in tallies.values())
-    on_ray = total > RAY_BYTES if parallel is None else parallel
     shards: dict[tuple[str, str], dict[str, Any]] = {}
     with progress("encoding", total) as advance:
         for split in ("heldout", "train"):
             for name, tally in tallies.items():
                 if not tally.documents[split]:
                     continue
+                on_ray = tally.bytes[split] > RAY_BYTES if parallel is None else parallel
                 parts = staged_parts(state / "text", name, split)
                 file = f"domains/{name}/{split}.bin"
                 facts_file = state / "encoded" / f"{name}.{split}.json"

@@ -244,7 +244,7 @@ def _medicine(rng: random.Random) -> Texts:
         parent = re.search(r"^is_a: (\S+)", term, re.M)
         if name and definition and parent:
             lines = [m[1].replace('\\"', '"') for m in (name, definition, comment) if m]
-            yield parent[1], "\n".join(lines)
+            yield parent[1], re.sub(r" *\{\w+=\".*?\"\}", "", "\n".join(lines))
 
 
 def _docs(rng: random.Random) -> Texts:
