@@ -35,7 +35,7 @@ class Placement:
     """Where and how a sweep runs; none of it can change a result beyond rounding."""
 
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a Ray of our own
-    pack_size: int = 4  # runs trained together; on a GPU, as many as its memory holds
+    pack_size: int = 4  # runs of a trial; on a GPU they train together
     cpus: float = 1.0  # of a trial
     gpus: float = 0.0  # of a trial
     elastic: bool = False  # an autoscaler may still bring nodes that fit
@@ -265,28 +265,33 @@ class Estimate:
 
 
 def estimate(
-    specs: Sequence[TrainSpec], corpus: Corpus, train_pack: TrainPack, pack_size: int
+    specs: Sequence[TrainSpec], corpus: Corpus, train_pack: TrainPack, placement: Placement
 ) -> Estimate:
-    """Estimate a sweep's cost from a short calibration here, one pack for each shape.
+    """Estimate a sweep's cost from a short calibration here, for each shape of run.
 
-    Two runs of 4 and 12 steps give the time of a step and that of set-up with one evaluation.
+    Runs of 4 and 12 steps give the time of a step and that of set-up with one evaluation.
     """
+    together = placement.pack_size if placement.gpus else 1
+    device = "cuda" if placement.gpus else "cpu"
     seconds = 0.0
-    for members in {s[0].pack_key: s for s in form_packs(specs, pack_size).values()}.values():
-        same = sum(s.pack_key == members[0].pack_key for s in specs)
+    groups: dict[str, list[TrainSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.pack_key, []).append(spec)
+    for group in groups.values():
+        pack, spec = group[:together], group[0]
 
-        def timed(steps: int, members: list[TrainSpec] = members) -> float:
+        def timed(steps: int, pack: list[TrainSpec] = pack) -> float:
             short = [
                 dataclasses.replace(
                     s,
                     schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
                     evaluation=Evaluation(points=1, sequences=s.evaluation.sequences),
                 )
-                for s in members
+                for s in pack
             ]
             began = time.perf_counter()
             train_pack(
-                short, corpus, pack_id="", commit="", device="cpu", on_progress=lambda tokens: None
+                short, corpus, pack_id="", commit="", device=device, on_progress=lambda tokens: None
             )
             return time.perf_counter() - began
 
@@ -294,8 +299,8 @@ def estimate(
         few, many = timed(4), timed(12)
         step = max(0.0, many - few) / 8
         rest = max(0.0, few - 4 * step)
-        pack = step * members[0].steps + rest * members[0].evaluation.points
-        seconds += pack * same / len(members)
+        whole = step * spec.steps + rest * spec.evaluation.points
+        seconds += whole * len(group) / len(pack)
     return Estimate(len(specs), sum(s.tokens for s in specs), sum(s.flops for s in specs), seconds)
 
 

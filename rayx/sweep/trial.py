@@ -79,13 +79,24 @@ class PackTrial(tune.Trainable):
         ]
         if specs:
             trainer = TorchTrainer(
-                lambda: self._train(pack_id, specs),
+                lambda: self._train_all(pack_id, specs),
                 scaling_config=train.ScalingConfig(num_workers=0),
             )
             trainer.fit()
         return {"runs": len(specs), "done": True}
 
-    def _train(self, pack_id: str, specs: list[TrainSpec]) -> None:
+    def _train_all(self, pack_id: str, specs: list[TrainSpec]) -> None:
+        if ray.get_gpu_ids():
+            self._train(pack_id, specs, "cuda")
+        else:
+            # On a CPU a batch of 2, 4, 8 runs went at 1.0, 0.97, 0.75 times the speed of the same
+            # runs in turn (width 64, one core), and in turn each is on record as soon as it ends.
+            for spec in specs:
+                self._train(pack_id, [spec], "cpu")
+        if pack_id in self.store.names("heartbeats"):
+            self.store.remove(f"heartbeats/{pack_id}.json")
+
+    def _train(self, pack_id: str, specs: list[TrainSpec], device: str) -> None:
         try:
             if self.corpus is None:
                 self.corpus = Corpus.load(self.surroundings.corpus_url)
@@ -94,20 +105,18 @@ class PackTrial(tune.Trainable):
                 self.corpus,
                 pack_id=pack_id,
                 commit=self.surroundings.commit,
-                device="cuda" if ray.get_gpu_ids() else "cpu",
+                device=device,
                 on_progress=lambda tokens: self._beat(pack_id, specs, tokens),
             )
         except Exception as error:  # the worker's edge: whatever it is, it goes on record
             if len(specs) > 1:
                 # One run may have broken its pack: alone, only the culprit fails.
                 for spec in specs:
-                    self._train(pack_id, [spec])
+                    self._train(pack_id, [spec], device)
                 return
             records = [failed_record(specs[0], error, pack_id, self.surroundings.commit)]
         for record in records:
             self.store.put(record)
-        if pack_id in self.store.names("heartbeats"):
-            self.store.remove(f"heartbeats/{pack_id}.json")
 
     def _beat(self, pack_id: str, specs: list[TrainSpec], tokens: int) -> None:
         # A heartbeat that cannot be written must not cost the pack; its records will be.
