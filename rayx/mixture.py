@@ -59,6 +59,10 @@ class Mixture(Mapping[str, float]):
     millionths: dict[str, int]
 
     def __init__(self, weights: Mapping[str, float]) -> None:
+        if not isinstance(weights, Mapping):
+            raise SpecError(
+                f"Mixture is {weights!r}; expected weights by domain, e.g. {{'web': 1}}."
+            )
         if not weights:
             raise SpecError("Mixture has no domains: give at least one, e.g. {'web': 1}.")
         for domain, weight in weights.items():
@@ -68,7 +72,8 @@ class Mixture(Mapping[str, float]):
                 weight, (int, float, np.integer, np.floating)
             ):
                 raise SpecError(f"Mixture weight of {domain!r} is {weight!r}; expected a number.")
-            if not math.isfinite(weight) or weight < 0:
+            too_large = isinstance(weight, int) and weight.bit_length() > 1000  # for a float
+            if too_large or not math.isfinite(weight) or weight < 0:
                 raise SpecError(
                     f"Mixture weight of {domain!r} is {weight}; expected a finite number >= 0."
                 )
@@ -137,6 +142,8 @@ class Phase:
     tokens: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mixture, Mixture):
+            raise SpecError(f"Phase has mixture {self.mixture!r}; expected a Mixture.")
         if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens <= 0:
             raise SpecError(f"Phase has {self.tokens!r} tokens; expected an integer > 0.")
 
@@ -148,8 +155,12 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
-            raise SpecError("Schedule has no phases; give at least one (mixture, tokens).")
+            raise SpecError("Schedule has no phases; give at least one Phase(mixture, tokens).")
+        for phase in self.phases:
+            if not isinstance(phase, Phase):
+                raise SpecError(f"Schedule has {phase!r}; expected a Phase(mixture, tokens).")
 
     @classmethod
     def constant(cls, mixture: Mixture, tokens: int) -> Schedule:
