@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -32,7 +33,15 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _member(kind: type[Enum], what: str, value: object) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(repr(member.value) for member in kind)
+        raise SpecError(f"{what} is {value!r}; expected one of {choices}.") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,12 @@ class ModelShape:
         for name in ("layers", "width", "heads", "ffn_width", "vocab_size", "context"):
             value = getattr(self, name)
             require(_is_int(value) and value > 0, f"ModelShape.{name}", value, "an integer > 0")
+        require(
+            isinstance(self.tied_embeddings, bool),
+            "ModelShape.tied_embeddings",
+            self.tied_embeddings,
+            "True or False",
+        )
         require(
             self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
             "ModelShape.width / heads",
@@ -106,16 +121,18 @@ class Optimizer:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lr_schedule", LrSchedule(self.lr_schedule))
+        lr_schedule = _member(LrSchedule, "Optimizer.lr_schedule", self.lr_schedule)
+        object.__setattr__(self, "lr_schedule", lr_schedule)
         numbers = [f.name for f in dataclasses.fields(self) if f.type == "float"]
         for name in numbers:
             require(
                 _is_number(getattr(self, name)),
                 f"Optimizer.{name}",
                 getattr(self, name),
-                "a number",
+                "a finite number",
             )
-            object.__setattr__(self, name, float(getattr(self, name)))
+            # Adding 0 turns -0.0 into 0.0: equal specs have equal ids.
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)
         require(0 < self.lr <= 10, "Optimizer.lr", self.lr, "a number in (0, 10]")
         require(
             _is_int(self.batch_sequences) and self.batch_sequences > 0,
@@ -176,8 +193,28 @@ class TrainSpec:
     precision: Precision = Precision.FLOAT32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", Precision(self.precision))
-        require(bool(self.corpus), "TrainSpec.corpus", self.corpus, "a corpus fingerprint")
+        precision = _member(Precision, "TrainSpec.precision", self.precision)
+        object.__setattr__(self, "precision", precision)
+        require(
+            isinstance(self.corpus, str) and bool(self.corpus),
+            "TrainSpec.corpus",
+            self.corpus,
+            "a corpus fingerprint",
+        )
+        parts = {
+            "model": ModelShape,
+            "schedule": Schedule,
+            "optimizer": Optimizer,
+            "evaluation": Evaluation,
+        }
+        for name, kind in parts.items():
+            value = getattr(self, name)
+            require(
+                isinstance(value, kind),
+                f"TrainSpec.{name}",
+                value,
+                f"an instance of {kind.__name__}",
+            )
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             require(
@@ -263,6 +300,9 @@ class TrainSpec:
         try:
             if data["kind"] != "train":
                 raise SpecError(f"Spec has kind {data['kind']!r}; expected 'train'.")
+            unknown = set(data) - {"kind", *(f.name for f in dataclasses.fields(cls))}
+            if unknown:
+                raise SpecError(f"Spec has fields {sorted(unknown)} that this rayx does not know.")
             return cls(
                 corpus=data["corpus"],
                 model=ModelShape(**data["model"]),
