@@ -143,6 +143,8 @@ class Record:
         Raises:
             SpecError: The record is of another format or lacks a field.
         """
+        if not isinstance(data, dict):
+            raise SpecError(f"Record cannot be read: it is {data!r:.40}, not an object.")
         if data.get("format") != FORMAT:
             raise SpecError(f"Record has format {data.get('format')!r}; this rayx reads {FORMAT}.")
         fields = {k: v for k, v in data.items() if k not in ("format", "run_id")}
@@ -154,5 +156,5 @@ class Record:
             )
             fields["failure"] = Failure(**fields["failure"]) if fields["failure"] else None
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"Record cannot be read: {error!r}.") from error
