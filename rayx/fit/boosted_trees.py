@@ -38,9 +38,9 @@ class LightGBM(PointRegressor):
         cross-validation. Shallower trees, a larger learning rate.
     """
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     num_leaves: int = 8
-    max_rounds: int = 400
+    max_rounds: int = 200
     min_data_in_leaf: tuple[int, ...] = (3, 8, 20)
     inner_folds: int = 3
     num_threads: int = 1
