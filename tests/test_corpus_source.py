@@ -1,13 +1,16 @@
-"""Bad inputs are named before work starts; what cannot be a document is counted."""
+"""Every kind of source gives the same documents; what cannot be a document is counted."""
 
+import functools
+import gzip
+import http.server
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models
 
 from rayx.corpus import Corpus, Source, build_corpus, describe
 from rayx.errors import CorpusError
@@ -20,265 +23,10 @@ def write_jsonl(file: Path, rows: list) -> str:
     return str(file)
 
 
-def build(source: Source | list[Source], folder: Path, **options) -> Corpus:
-    sources = source if isinstance(source, list) else [source]
-    defaults = {"tokenizer": 300, "heldout_share": 0.2, "min_heldout_tokens": 1}
-    return build_corpus(sources, folder / "out", **(defaults | options))
-
-
-def good(folder: Path, **options) -> Source:
-    return Source(path=write_jsonl(folder / "good.jsonl", ROWS), **({"domain": "web"} | options))
-
-
-def missing_file(folder):
-    good(folder)
-    build(Source(path=str(folder / "goood.jsonl"), domain="web"), folder)
-
-
-def empty_file(folder):
-    build(Source(path=write_jsonl(folder / "a.jsonl", []), domain="web"), folder)
-
-
-def blank_file(folder):
-    (folder / "a.jsonl").write_text("\n\n")
-    build(Source(path=str(folder / "a.jsonl"), domain="web"), folder)
-
-
-def empty_parquet(folder):
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "a.parquet")
-    build(Source(path=str(folder / "a.parquet"), domain="web"), folder)
-
-
-def not_parquet(folder):
-    (folder / "a.parquet").write_text("text")
-    build(Source(path=str(folder / "a.parquet"), domain="web"), folder)
-
-
-def invalid_utf8_in_parquet(folder):
-    bad = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+def build(source: Source, folder: Path) -> Corpus:
+    return build_corpus(
+        [source], folder / "out", tokenizer=300, heldout_share=0.2, min_heldout_tokens=1
     )
-    pq.write_table(pa.table({"text": bad}), folder / "a.parquet")
-    build(Source(path=str(folder / "a.parquet"), domain="web"), folder)
-
-
-def unknown_suffix(folder):
-    (folder / "a.csv").write_text("text\nhello\n")
-    build(Source(path=str(folder / "a.csv"), domain="web"), folder)
-
-
-def folder_without_text(folder):
-    build(Source(path=str(folder), domain="web"), folder)
-
-
-def mixed_folder(folder):
-    good(folder)
-    (folder / "a.txt").write_text("hello")
-    build(Source(path=str(folder), domain="web"), folder)
-
-
-def missing_text_column(folder):
-    build(good(folder, text_column="texts"), folder)
-
-
-def missing_text_column_in_parquet(folder):
-    pq.write_table(pa.table({"content": ["a"], "id": [1]}), folder / "a.parquet")
-    build(Source(path=str(folder / "a.parquet"), domain="web", text_column="contents"), folder)
-
-
-def missing_domain_column(folder):
-    build(good(folder, domain=None, domain_column="label"), folder)
-
-
-def broken_line(folder):
-    (folder / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n')
-    build(Source(path=str(folder / "a.jsonl"), domain="web"), folder)
-
-
-def json_array(folder):
-    (folder / "a.json").write_text('[{"text": "a"}]')
-    build(Source(path=str(folder / "a.json"), domain="web"), folder)
-
-
-def hub_name(folder):
-    build(Source(path="nobody/nothing", domain="web"), folder)
-
-
-def neither_domain(folder):
-    Source(path="a.jsonl")
-
-
-def both_domains(folder):
-    Source(path="a.jsonl", domain="web", domain_column="label")
-
-
-def unknown_format(folder):
-    Source(path="a", domain="web", format="parqet")
-
-
-def empty_name(folder):
-    good(folder, domain=" ")
-
-
-def name_with_separator(folder):
-    good(folder, domain="web/en")
-
-
-def name_with_control_character(folder):
-    rows = [{"text": "a", "label": "web\n1"}]
-    source = Source(path=write_jsonl(folder / "a.jsonl", rows), domain_column="label")
-    build(source, folder)
-
-
-def names_differ_by_case(folder):
-    build([good(folder), good(folder, domain="Web")], folder)
-
-
-def names_in_column_differ_by_case(folder):
-    rows = [{"text": f"a{n}", "label": "web" if n % 2 else "Web"} for n in range(60)]
-    source = Source(path=write_jsonl(folder / "a.jsonl", rows), domain_column="label")
-    build(source, folder)
-
-
-def conflicting_evaluation_only(folder):
-    build([good(folder), good(folder, evaluation_only=True)], folder)
-
-
-def conflicting_evaluation_only_in_column(folder):
-    rows = [{"text": f"a{n}", "label": "web"} for n in range(60)]
-    column = Source(path=write_jsonl(folder / "a.jsonl", rows), domain_column="label")
-    build([column, good(folder, evaluation_only=True)], folder)
-
-
-def only_evaluation(folder):
-    build(good(folder, evaluation_only=True), folder)
-
-
-def no_sources(folder):
-    build([], folder)
-
-
-def duplicate_domain_of_duplicates(folder):
-    build([good(folder), good(folder, domain="copy")], folder)
-
-
-def one_document(folder):
-    build(Source(path=write_jsonl(folder / "a.jsonl", ROWS[:1]), domain="web"), folder)
-
-
-def too_few_heldout_tokens(folder):
-    build(good(folder), folder, min_heldout_tokens=10**6)
-
-
-def share_zero(folder):
-    build(good(folder), folder, heldout_share=0.0)
-
-
-def share_too_large(folder):
-    build(good(folder), folder, heldout_share=0.6)
-
-
-def vocabulary_too_small(folder):
-    build(good(folder), folder, tokenizer=259)
-
-
-def tokenizer_missing(folder):
-    build(good(folder), folder, tokenizer="nowhere/tokenizer.json")
-
-
-def tokenizer_unreadable(folder):
-    (folder / "t.json").write_text("{}")
-    build(good(folder), folder, tokenizer=folder / "t.json")
-
-
-def tokenizer_unreachable(folder):
-    build(good(folder), folder, tokenizer="nobody/nothing")
-
-
-def tokenizer_without_eos(folder):
-    Tokenizer(models.BPE()).save(str(folder / "t.json"))
-    build(good(folder), folder, tokenizer=folder / "t.json")
-
-
-def out_is_a_file(folder):
-    (folder / "out").write_text("")
-    build(good(folder), folder)
-
-
-def out_below_a_file(folder):
-    (folder / "out").write_text("")
-    build(good(folder), folder / "out", seed=1)
-
-
-def out_is_something_else(folder):
-    (folder / "out").mkdir()
-    (folder / "out" / "thesis.tex").write_text("")
-    build(good(folder), folder)
-
-
-def out_is_another_corpus(folder):
-    build(good(folder), folder)
-    build(good(folder), folder, seed=1)
-
-
-@pytest.mark.parametrize(
-    ("act", "words"),
-    [
-        (missing_file, "does not exist. Did you mean 'good.jsonl'?"),
-        (empty_file, r"is empty \(0 bytes\)"),
-        (blank_file, "is empty: it has no rows"),
-        (empty_parquet, "0 rows"),
-        (not_parquet, "not readable as Parquet"),
-        (invalid_utf8_in_parquet, "a.parquet.*cannot be read"),
-        (unknown_suffix, "unknown suffix; known are .parquet"),
-        (folder_without_text, "no file of a known suffix"),
-        (mixed_folder, r"mixes \['jsonl', 'txt'\]"),
-        (missing_text_column, "no column 'texts'; columns found: text. Did you mean 'text'?"),
-        (missing_text_column_in_parquet, "columns found: content, id. Did you mean 'content'?"),
-        (missing_domain_column, "no column 'label'"),
-        (broken_line, "a.jsonl', line 3: not JSON"),
-        (json_array, "line 1: a list, expected one object per line"),
-        (hub_name, "'nobody/nothing' is no local file or folder, and cannot be read as a hub"),
-        (neither_domain, "exactly one of domain .* and domain_column"),
-        (both_domains, "exactly one of domain .* and domain_column"),
-        (unknown_format, "Did you mean 'parquet'?"),
-        (empty_name, "' ' is empty"),
-        (name_with_separator, "'web/en' cannot be a folder name"),
-        (name_with_control_character, r"'web\\n1' cannot be a folder name"),
-        (names_differ_by_case, "'web' and 'Web' differ only by case"),
-        (names_in_column_differ_by_case, "'Web' and 'web' differ only by case"),
-        (conflicting_evaluation_only, "'web' is given by sources with evaluation_only"),
-        (conflicting_evaluation_only_in_column, "'web' comes from a source with evaluation_only"),
-        (only_evaluation, "nothing to train on"),
-        (no_sources, "no sources"),
-        (duplicate_domain_of_duplicates, "'copy' is empty: .*duplicates: 60"),
-        (one_document, "'web' is too small: of 1 documents"),
-        (too_few_heldout_tokens, r"has \d+ held-out tokens in \d+ documents, needed are 1000000"),
-        (share_zero, r"heldout_share is 0.0, expected a share in \(0, 0.5\]"),
-        (share_too_large, "heldout_share is 0.6"),
-        (vocabulary_too_small, "Vocabulary size 259 is too small.*at least 260"),
-        (tokenizer_missing, "nowhere/tokenizer.json' does not exist"),
-        (tokenizer_unreadable, "t.json' cannot be read"),
-        (tokenizer_unreachable, "'nobody/nothing' cannot be read"),
-        (tokenizer_without_eos, "no end-of-text token; looked for"),
-        (out_is_a_file, "is a file, expected a folder"),
-        (out_below_a_file, "cannot be written"),
-        (out_is_something_else, r"not a corpus \(thesis.tex\)"),
-        (out_is_another_corpus, "built from other sources, versions of them or parameters"),
-    ],
-)
-def test_bad_input_is_refused_with_the_reason(
-    act: Callable[[Path], None], words: str, tmp_path: Path, offline: None
-) -> None:
-    with pytest.raises(CorpusError, match=words):
-        act(tmp_path)
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hub look-ups fail at once instead of being tried again for half a minute."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 def test_rows_that_are_no_documents_are_counted_by_reason(tmp_path: Path) -> None:
@@ -317,3 +65,48 @@ def test_every_format_gives_the_same_corpus(tmp_path: Path) -> None:
     ]
     assert len({corpus.fingerprint for corpus in corpora}) == 1
     assert describe(corpora[2]).loc["web", "reasons"] == "1 empty"
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """URL of the test's folder."""
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_urls_and_hub_datasets_give_the_corpus_of_the_local_file(
+    tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    plain = write_jsonl(tmp_path / "good.jsonl", ROWS)
+    local = build(Source(path=plain, domain="web"), tmp_path / "local")
+    with gzip.open(tmp_path / "good.jsonl.gz", "wt") as out:
+        out.write((tmp_path / "good.jsonl").read_text())
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    part = tmp_path / "set/data/train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), part)
+    url = f"{served}/set/data/{part.name}"
+    found = [f"{served}/good.jsonl", str(tmp_path / "good.jsonl.gz"), url]
+    made = [
+        Source(path=path, domain="web", format=form, streaming=streaming)
+        for path, form in [*((path, None) for path in found), (str(tmp_path / "set"), "hub")]
+        for streaming in (False, True)
+    ]
+    for number, source in enumerate(made):
+        corpus = build(source, tmp_path / f"case{number}")
+        assert corpus.fingerprint == local.fingerprint, source
+    with pytest.raises(CorpusError, match="nothing.jsonl.*cannot be read"):
+        build(Source(path=f"{served}/nothing.jsonl", domain="web"), tmp_path / "missing")
+    with pytest.raises(CorpusError, match="Unknown split .*tset"):
+        source = Source(path=str(tmp_path / "set"), format="hub", split="tset", domain="web")
+        build(source, tmp_path / "split")

@@ -44,8 +44,10 @@ class Corpus:
             CorpusError: There is no corpus, its format is another version's, or a file is
                 missing or truncated.
         """
-        filesystem, root = _open(str(url))
-        corpus = cls(str(url), read_manifest(filesystem, root))
+        url = str(url)
+        filesystem, root = _open(url)
+        # absolute, because a Ray worker that gets this object has another working directory
+        corpus = cls(url if "://" in url else root, read_manifest(filesystem, root))
         files = [(name, size) for name, size, _ in corpus._files()]
         infos = filesystem.get_file_info([f"{root}/{name}" for name, _ in files])
         for (name, size), info in zip(files, infos, strict=True):

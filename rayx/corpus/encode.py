@@ -111,7 +111,7 @@ def _on_ray(parts: list[str], tokenizer_json: str, dtype: str) -> Iterator[pa.Ta
     options = ray.data.DataContext.get_current().execution_options
     before, options.preserve_order = options.preserve_order, True
     try:
-        data = ray.data.read_parquet(parts).select_columns(["text"])
+        data = ray.data.read_parquet(parts, override_num_blocks=len(parts)).select_columns(["text"])
         data = data.map_batches(encode, batch_format="pyarrow", batch_size=None)
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
     finally:

@@ -60,8 +60,8 @@ class Source:
         format: "parquet", "jsonl" ("json"), "txt" or "hub"; None takes it from the suffix. One
             text file is one document.
         split: Split of a hub dataset.
-        streaming: Stream a hub dataset or URL instead of keeping a copy in the cache of
-            `datasets`. Local files are always streamed.
+        streaming: Stream a hub dataset or a Parquet URL instead of keeping a copy in the cache
+            of `datasets`. Local files are always streamed, JSONL and text at a URL never.
         evaluation_only: All documents are held out: a target that no mixture can train on.
 
     Raises:
@@ -241,7 +241,8 @@ def _reason_to_skip(text: Any) -> str | None:
 def _load(source: Source, files: tuple[str, ...], builder: str, **options: Any) -> Any:
     from datasets import load_dataset
 
-    stream = source.streaming or "://" not in files[0]
+    # datasets 5.2 passes `encoding` on to the http client, so text cannot be streamed from a URL
+    stream = "://" not in files[0] or (source.streaming and builder == "parquet")
     data_files = list(files)
     return load_dataset(builder, data_files=data_files, split="train", streaming=stream, **options)
 
