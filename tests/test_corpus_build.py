@@ -46,7 +46,7 @@ def build(found: list[Source], out: Path, **options) -> Corpus:
 
 
 def texts_of(corpus: Corpus, tokens: np.ndarray) -> list[str]:
-        ends = np.flatnonzero(tokens == corpus.eos_id)
+    ends = np.flatnonzero(tokens == corpus.eos_id)
     assert ends[-1] == len(tokens) - 1
     tokenizer = corpus.tokenizer()
     return [tokenizer.decode(ids.tolist()[:-1]) for ids in np.split(tokens, ends + 1)[:-1]]
