@@ -252,9 +252,14 @@ class Store:
     # Tables -----------------------------------------------------------------------------------
 
     def compact(self) -> int:
-        """Write the records as Parquet and return how many; later reads decode only newer ones."""
-        runs = self.runs()
-        for name, frame in (("runs", runs), ("evals", self.evals())):
+        """Write the finished runs as Parquet and return how many; later reads decode only the rest.
+
+        Failures stay out: a record may replace one at any time.
+        """
+        runs, evals = self.runs(), self.evals()
+        runs = runs[runs["status"] == "ok"]
+        evals = evals[evals["run_id"].isin(runs["run_id"])]
+        for name, frame in (("runs", runs), ("evals", evals)):
             sink = pa.BufferOutputStream()
             pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), sink)
             self.write_bytes(f"compact/{name}.parquet", sink.getvalue().to_pybytes())
@@ -274,7 +279,10 @@ class Store:
         records = self.records([run for run in status if run not in known])
         new = pd.DataFrame([row for record in records for row in rows(record)])
         frames = [frame for frame in (old, new) if len(frame)]
-        return pd.concat(frames, ignore_index=True) if frames else old
+        if not frames:
+            return old
+        # A column without a value (no failure yet) has no type in Parquet: find it again.
+        return pd.concat(frames, ignore_index=True).infer_objects()
 
     def runs(self) -> pd.DataFrame:
         """Return one row a run: spec, cost, weight/DOMAIN, epochs/DOMAIN, loss/TARGET (bpb) ..."""
