@@ -16,6 +16,7 @@ must see the path.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -268,13 +269,14 @@ class Store:
     def _table(self, name: str, rows: Callable[[Record], list[dict]]) -> pd.DataFrame:
         """Return the compacted rows that still hold, and those of the records since."""
         status = self.status()
-        try:
-            old = pq.read_table(pa.BufferReader(self.read_bytes(f"compact/{name}.parquet")))
-            old = old.to_pandas()
-            state = old["run_id"].map(status)
-            old = old[state.notna() & (state == "ok")]
-        except FileNotFoundError:
-            old = pd.DataFrame(columns=["run_id"])
+        old = pd.DataFrame(columns=["run_id"])
+        with contextlib.suppress(FileNotFoundError):
+            data = self.read_bytes(f"compact/{name}.parquet")
+            try:
+                old = pq.read_table(pa.BufferReader(data)).to_pandas()
+                old = old[old["run_id"].map(status) == "ok"]
+            except (pa.ArrowException, OSError, KeyError) as error:
+                log.warning("compact/%s.parquet is damaged, records are read: %s", name, error)
         known = set(old["run_id"])
         records = self.records([run for run in status if run not in known])
         new = pd.DataFrame([row for record in records for row in rows(record)])
