@@ -75,6 +75,8 @@ def open_store(url: str | os.PathLike, create: bool = False) -> Store:
         return store
     except (OSError, ValueError) as error:
         raise StoreError(f"Store {url!r} cannot be read: {error}.") from error
+    if not isinstance(marker, dict):
+        raise StoreError(f"Store {url!r} cannot be read: store.json is not an object.")
     if marker.get("format") != FORMAT:
         raise StoreError(
             f"Store {url!r} has format {marker.get('format')!r}; this rayx reads {FORMAT}."
