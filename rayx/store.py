@@ -146,7 +146,8 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Return the stems of the JSON files in a folder, sorted."""
         selector = fs.FileSelector(self._path(folder), allow_not_found=True)
-        files = (info.base_name for info in self.filesystem.get_file_info(selector))
+        infos = self.filesystem.get_file_info(selector)
+        files = (info.base_name for info in infos if info.is_file)
         return sorted(n[: -len(".json")] for n in files if n.endswith(".json") and n[0] != ".")
 
     # Records ----------------------------------------------------------------------------------
@@ -209,6 +210,13 @@ class Store:
         """Write a heartbeat: facts and the time."""
         self.write_json(f"{name}.json", {**facts, "time": time.time()})
 
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        """Return parsed JSON, or None where it is damaged or went while a folder was listed."""
+        try:
+            return self.read_json(name)
+        except (FileNotFoundError, ValueError):
+            return None
+
     def progress(self) -> dict[str, Any]:
         """Return what the sweeps in this store are doing.
 
@@ -221,12 +229,12 @@ class Store:
         alive, latest, seconds, tokens_before = False, 0.0, 0.0, 0
         now = time.time()
         for name in self.names("sweeps"):
-            sweep = self.read_json(f"sweeps/{name}.json")
+            sweep = self._facts(f"sweeps/{name}.json")
+            if sweep is None:
+                continue
             wanted |= sweep["tokens"]
-            try:
-                driver = self.read_json(f"drivers/{name}.json")
-            except FileNotFoundError:
-                driver = {"state": "starting", "time": sweep["started"]}
+            starting = {"state": "starting", "time": sweep["started"]}
+            driver = self._facts(f"drivers/{name}.json") or starting
             alive |= driver["state"] != "stopped" and now - driver["time"] < ALIVE_SECONDS
             if sweep["started"] > latest:
                 latest, tokens_before = sweep["started"], sweep["tokens_before"]
@@ -235,7 +243,9 @@ class Store:
         tokens = sum(wanted[run] for run in status)
         running = 0
         for name in self.names("heartbeats"):
-            beat = self.read_json(f"heartbeats/{name}.json")
+            beat = self._facts(f"heartbeats/{name}.json")
+            if beat is None:
+                continue
             open_runs = [run for run in beat["runs"] if run in wanted and run not in status]
             if now - beat["time"] < ALIVE_SECONDS:
                 running += len(open_runs)
