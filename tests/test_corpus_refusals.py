@@ -1,5 +1,6 @@
 """Bad inputs are refused with the reason, before work starts."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,12 @@ def missing_domain_column(folder):
 def broken_line(folder):
     (folder / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n')
     build(Source(path=str(folder / "a.jsonl"), domain="web"), folder)
+
+
+def truncated_gzip(folder):
+    whole = gzip.compress(Path(good(folder).path).read_bytes())
+    (folder / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    build(Source(path=str(folder / "a.jsonl.gz"), domain="web"), folder)
 
 
 def json_array(folder):
@@ -239,6 +246,7 @@ def out_is_another_corpus(folder):
         (missing_text_column_in_parquet, "columns found: content, id. Did you mean 'content'?"),
         (missing_domain_column, "no column 'label'"),
         (broken_line, "a.jsonl', line 3: not JSON"),
+        (truncated_gzip, "a.jsonl.gz' cannot be read"),
         (json_array, "line 1: a list, expected one object per line"),
         (hub_name, "'nobody/nothing' is no local file or folder, and cannot be read as a hub"),
         (neither_domain, "exactly one of domain .* and domain_column"),

@@ -243,8 +243,8 @@ def _load(source: Source, files: tuple[str, ...], builder: str, **options: Any) 
 
     # datasets 5.2 passes `encoding` on to the http client, so text cannot be streamed from a URL
     stream = "://" not in files[0] or (source.streaming and builder == "parquet")
-    data_files = list(files)
-    return load_dataset(builder, data_files=data_files, split="train", streaming=stream, **options)
+    options |= {"data_files": list(files), "split": "train", "streaming": stream}
+    return load_dataset(builder, **options)
 
 
 def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
@@ -266,7 +266,7 @@ def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
             _check_columns(source, f"Source {source.path!r}", list(data.column_names))
             data = data.select_columns(sorted({c for c in columns if c is not None}))
         yield from data
-    except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
+    except (OSError, EOFError, ValueError, pa.ArrowException, DatasetsError) as error:
         what = "is no local file or folder, and cannot be read as a hub dataset"
         if location.format != "hub":
             what = f"cannot be read as {location.format} (files: {', '.join(location.files[:3])})"
@@ -282,7 +282,7 @@ def _json_rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines, 1):
                 if line["text"].strip():
                     yield _json_row(file, number, line["text"])
-        except (OSError, DatasetsError) as error:
+        except (OSError, EOFError, DatasetsError) as error:
             raise CorpusError(f"Source file {file!r} cannot be read: {error}") from error
 
 
