@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import cho_solve, lapack
+from scipy.linalg import cho_solve
 from scipy.optimize import minimize
 
 from rayx.fit.regressor import PointRegressor, Predictor
@@ -92,9 +92,7 @@ def _objective(
     covariance_RR[np.diag_indices(len(y_R))] += noise + 1e-8
     cholesky_RR = np.linalg.cholesky(covariance_RR)
     alpha_R = cho_solve((cholesky_RR, True), y_R)
-    inverse_RR = lapack.dpotri(cholesky_RR, lower=1)[0]
-    inverse_RR = np.tril(inverse_RR) + np.tril(inverse_RR, -1).T
-    w_RR = inverse_RR - np.outer(alpha_R, alpha_R)
+    w_RR = cho_solve((cholesky_RR, True), np.eye(len(y_R))) - np.outer(alpha_R, alpha_R)
     # d covariance / d log l_k = signal * slope * (x_k - x'_k)^2 / l_k^2, for all k at once:
     v_RR = signal * w_RR * slope_RR
     by_scale_K = (scaled_RK**2 * v_RR.sum(1)[:, None]).sum(0) - (

@@ -180,6 +180,10 @@ class PointRegressor(ABC):
     def predict(
         self, weights_MK: np.ndarray, std: Literal[True]
     ) -> tuple[np.ndarray, np.ndarray]: ...
+    @overload
+    def predict(
+        self, weights_MK: np.ndarray, std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]: ...
     def predict(
         self, weights_MK: np.ndarray, std: bool = False
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:

@@ -178,7 +178,7 @@ class Table:
                     f"{did_you_mean(target, known)}"
                 )
         chosen = tuple(targets or known)
-        used = runs[runs["status"] == "ok"]
+        used = runs.loc[runs["status"] == "ok"]
         warnings = ()
         if len(used) < len(runs):
             others = Counter(runs.loc[runs["status"] != "ok", "status"].astype(str))
@@ -189,8 +189,8 @@ class Table:
             run_ids=tuple(used["run_id"].astype(str)),
             domains=domains,
             targets=chosen,
-            weights_RK=used[[f"weight/{domain}" for domain in domains]].to_numpy(float),
-            losses_RM=used[[f"loss/{target}" for target in chosen]].to_numpy(float),
+            weights_RK=_floats(used, [f"weight/{domain}" for domain in domains]),
+            losses_RM=_floats(used, [f"loss/{target}" for target in chosen]),
             warnings=warnings,
         )
 
@@ -229,6 +229,13 @@ def _named(runs: pd.DataFrame, prefix: str) -> tuple[str, ...]:
     if not names:
         raise FitError(f"The runs have no column {prefix}<name>; they have {list(runs)[:8]}.")
     return names
+
+
+def _floats(runs: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    try:
+        return np.stack([np.array(runs[column], dtype=float) for column in columns], axis=1)
+    except (TypeError, ValueError) as error:
+        raise FitError(f"The columns {', '.join(columns)} hold no numbers: {error}.") from None
 
 
 def _refuse_repeated(kind: str, names: tuple[str, ...], where: str) -> None:
