@@ -100,7 +100,10 @@ def fit_table(
             if regressor == "auto" and _needs_positive(candidate) and (loss_R <= 0).any():
                 warnings.append(f"{target}: {name} left out, it needs losses above 0")
             else:
-                checked_loss(loss_R, len(loss_R), candidate)
+                try:
+                    checked_loss(loss_R, len(loss_R), candidate)
+                except FitError as error:
+                    raise FitError(f"Target {target!r}: {error}") from None
                 fits[name] = cross_fit(point_fit(candidate), weights_RK, loss_R, fold_R)
             if progress is not None:
                 progress(

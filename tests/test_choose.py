@@ -1,0 +1,304 @@
+"""Choosing a mixture: bounds kept exactly, better than what was seen, and honest about doubt."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from rayx.caps import cap_weights
+from rayx.choose import Choice, Constraints, capped, choose, simulate
+from rayx.errors import ChoiceError
+from rayx.fit import Table, fit_table
+
+DOMAINS = ("books", "code", "math", "news", "web", "wiki")
+K = len(DOMAINS)
+TARGETS = ("x", "y", "z")
+OBJECTIVE = {"x": 2.0, "y": 1.0, "z": 1.0}
+
+
+# --- floors and caps ---
+
+
+@st.composite
+def bounded_weights(draw):
+    """(weights_MK, caps_K, floors_K) that some mixture satisfies, with zeros and tight caps."""
+    num_domains = draw(st.integers(1, 7))
+    share = st.one_of(st.just(0.0), st.floats(1e-8, 1.0))
+    weights_MK = np.array(
+        draw(
+            st.lists(
+                st.lists(share, min_size=num_domains, max_size=num_domains),
+                min_size=1,
+                max_size=4,
+            )
+        )
+    )
+    weights_MK[weights_MK.sum(1) == 0] = 1.0
+    target_K = np.array(draw(st.lists(share, min_size=num_domains, max_size=num_domains))) + 1e-3
+    target_K /= target_K.sum()
+    stretch = draw(st.lists(st.floats(0, 1), min_size=2 * num_domains, max_size=2 * num_domains))
+    caps_K = np.minimum(1.0, target_K * (1 + 3 * np.array(stretch[:num_domains])))
+    floors_K = target_K * np.array(stretch[num_domains:])
+    return weights_MK, caps_K, floors_K
+
+
+@settings(max_examples=300, deadline=None)
+@given(bounded_weights())
+def test_capped_keeps_every_bound_and_sums_to_one(case):
+    weights_MK, caps_K, floors_K = case
+    result_MK = capped(weights_MK, caps_K, floors_K)
+    np.testing.assert_allclose(result_MK.sum(1), 1.0, rtol=0, atol=1e-12)
+    assert (result_MK <= caps_K + 1e-12).all()
+    assert (result_MK >= floors_K - 1e-12).all()
+    np.testing.assert_allclose(capped(result_MK, caps_K, floors_K), result_MK, atol=1e-12)
+    average_K = result_MK.mean(0)  # the feasible set is convex
+    assert (average_K <= caps_K + 1e-12).all() and (average_K >= floors_K - 1e-12).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(bounded_weights())
+def test_capped_scales_free_domains_by_one_factor(case):
+    weights_MK, caps_K, floors_K = case
+    weights_MK = weights_MK + 1e-6  # positive weights: rayx.caps shares out zeros differently
+    result_MK = capped(weights_MK, caps_K, floors_K)
+    for weights_K, result_K in zip(weights_MK, result_MK, strict=True):
+        np.testing.assert_allclose(result_K, cap_weights(weights_K, caps_K, floors_K), atol=1e-9)
+
+
+def test_capped_second_domain_pushed_over_by_the_first_is_capped_too():
+    # One pass of clip and renormalise gives (.4, .36, .24): over the cap of .35.
+    result = capped(np.array([[0.5, 0.3, 0.2]]), np.array([0.4, 0.35, 1.0]), np.zeros(3))
+    np.testing.assert_allclose(result, [[0.4, 0.35, 0.25]])
+
+
+def test_capped_rest_goes_to_absent_domains_where_there_is_room():
+    result = capped(np.array([[1.0, 0.0, 0.0]]), np.array([0.4, 0.2, 1.0]), np.zeros(3))
+    np.testing.assert_allclose(result, [[0.4, 0.1, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Constraints(("a", "b"), np.zeros(2), np.array([0.3, 0.2])), "caps sum to 0.5"),
+        (lambda: Constraints(("a", "b"), np.array([0.7, 0.6]), np.ones(2)), "floors sum to 1.3"),
+        (
+            lambda: Constraints(("a", "b"), np.array([0.5, 0]), np.array([0.2, 1])),
+            r"floor of 'a' \(0.5\) is above its cap \(0.2\)",
+        ),
+        (lambda: Constraints(("a", "b"), np.zeros(2), np.array([np.nan, 1])), "cap of 'a' is nan"),
+        (lambda: Constraints(("a", "b"), np.array([-0.1, 0]), np.ones(2)), "floor of 'a' is -0.1"),
+        (lambda: Constraints(("a", "b"), np.zeros(3), np.ones(2)), "floors have shape"),
+        (lambda: Constraints.by_name(("web", "code"), {"coed": 0.1}), "Did you mean 'code'"),
+        (lambda: Constraints.from_supply({"a": 10, "b": 20}, 1000, 4), "max_epochs is 4"),
+        (
+            lambda: Constraints.from_supply({"a": 10, "b": 2000}, 1000, 4, {"a": 0.1}),
+            "floor of 'a' .* above its cap",
+        ),
+    ],
+)
+def test_constraints_conflict_is_named(make, words):
+    with pytest.raises(ChoiceError, match=words):
+        make()
+
+
+def test_constraints_from_supply_caps_are_epochs_of_the_budget():
+    bounds = Constraints.from_supply({"a": 10, "b": 2000}, budget_tokens=1000, max_epochs=4)
+    np.testing.assert_allclose(bounds.caps_K, [0.04, 1.0])
+    assert bounds.domains == ("a", "b") and (bounds.floors_K == 0).all()
+
+
+# --- a planted world: three inverse-power targets with a small interaction, caps, noise ---
+
+
+def world_losses(seed, weights_MK):
+    rng = np.random.default_rng(seed)
+    strength, gamma = rng.uniform(0.05, 1, (3, K)), rng.uniform(0.1, 0.6, (3, K))
+    floor, pairs = rng.uniform(1, 2, 3), 0.3 * rng.normal(size=(3, K, K))
+    return np.stack(
+        [
+            (floor[t] + 1 / (strength[t] * (weights_MK + 1e-3) ** gamma[t]).sum(1))
+            * (1 + 0.15 * np.einsum("mi,ij,mj->m", weights_MK, pairs[t], weights_MK))
+            for t in range(3)
+        ],
+        axis=1,
+    )
+
+
+def true_objective(seed, weights):
+    weights_K = np.array([weights[d] for d in DOMAINS]) if isinstance(weights, dict) else weights
+    return float(world_losses(seed, weights_K[None])[0] @ [0.5, 0.25, 0.25])
+
+
+def world(seed, noise=0.01, num_runs=48):
+    rng = np.random.default_rng(1000 + seed)
+    prior_K = rng.dirichlet(np.full(K, 2.0))
+    bounds = Constraints(DOMAINS, np.full(K, 0.01), np.minimum(1, 3 * prior_K + 0.02))
+    weights_RK = bounds.nearest(simulate(prior_K, num_runs, rng))
+    noise_RT = np.exp(noise * rng.normal(size=(num_runs, 3)))
+    table = Table(
+        run_ids=tuple(map(str, range(num_runs))),
+        domains=DOMAINS,
+        targets=TARGETS,
+        weights_RK=weights_RK,
+        losses_RM=world_losses(seed, weights_RK) * noise_RT,
+    )
+    return table, dict(zip(DOMAINS, prior_K, strict=True)), bounds
+
+
+def true_optimum(seed, bounds):
+    starts = bounds.nearest(np.random.default_rng(0).dirichlet(np.ones(K), 5))
+    return min(
+        minimize(
+            lambda weights_K: true_objective(seed, weights_K),
+            start_K,
+            bounds=list(zip(bounds.floors_K, bounds.caps_K, strict=True)),
+            constraints={"type": "eq", "fun": lambda weights_K: weights_K.sum() - 1},
+            method="SLSQP",
+        ).fun
+        for start_K in starts
+    )
+
+
+@pytest.fixture(scope="module")
+def case():
+    table, prior, bounds = world(0)
+    fitted = fit_table(table, "inverse-power")
+    choice = choose(fitted, OBJECTIVE, prior, bounds, seed=0, num_candidates=20_000)
+    return fitted, prior, bounds, choice
+
+
+def test_choose_regret_is_below_best_seen_and_baselines_in_most_worlds():
+    beaten, regrets = 0, []
+    for seed in range(8):
+        table, prior, bounds = world(seed)
+        fitted = fit_table(table, "inverse-power")
+        choice = choose(fitted, OBJECTIVE, prior, bounds, seed=0, num_candidates=20_000)
+        optimum = true_optimum(seed, bounds)
+        regret = true_objective(seed, choice.weights) - optimum
+        others = {
+            name: true_objective(seed, baseline.weights) - optimum
+            for name, baseline in choice.baselines.items()
+        }
+        observed = table.losses_RM @ [0.5, 0.25, 0.25]
+        others["argmin of noise"] = (
+            true_objective(seed, table.weights_RK[observed.argmin()]) - optimum
+        )
+        beaten += regret < min(others.values())
+        regrets.append(regret / others["best_seen"])
+    assert beaten >= 7
+    assert np.median(regrets) < 0.4
+
+
+def test_choose_keeps_the_bounds_and_predicts_what_it_says(case):
+    fitted, _, bounds, choice = case
+    weights_K = np.array([choice.weights[domain] for domain in DOMAINS])
+    assert sum(choice.weights.values()) == pytest.approx(1.0, abs=1e-12)
+    assert (weights_K <= bounds.caps_K + 1e-12).all()
+    assert (weights_K >= bounds.floors_K - 1e-12).all()
+    assert choice.objective == {"x": 0.5, "y": 0.25, "z": 0.25}
+    assert choice.predicted == pytest.approx(
+        sum(choice.objective[target] * choice.predicted_losses[target] for target in TARGETS)
+    )
+    low, high = choice.interval
+    assert low < true_objective(0, choice.weights) < high
+    for baseline in choice.baselines.values():
+        baseline_K = np.array(list(baseline.weights.values()))
+        assert (baseline_K <= bounds.caps_K + 1e-12).all()
+        assert baseline.regret == pytest.approx(baseline.predicted - choice.predicted)
+        true_gap = true_objective(0, baseline.weights) - true_objective(0, choice.weights)
+        assert baseline.regret_interval[0] < true_gap < baseline.regret_interval[1]
+        assert baseline.std > 0
+
+
+def test_choose_is_deterministic_and_json_round_trips(case):
+    fitted, prior, bounds, choice = case
+    again = choose(fitted, OBJECTIVE, prior, bounds, seed=0, num_candidates=20_000)
+    assert again.weights == pytest.approx(choice.weights, abs=1e-9)
+    assert Choice.from_json(choice.to_json()) == choice
+    json.loads(choice.to_json(), parse_constant=lambda name: pytest.fail(name))
+    for text in ("[]", "{", '{"weights": {}}', "null"):
+        with pytest.raises(ChoiceError, match="not the JSON of a choice"):
+            Choice.from_json(text)
+
+
+def test_choose_says_when_a_cap_binds(case):
+    fitted, prior, _, _ = case
+    free = choose(fitted, OBJECTIVE, prior, seed=0, num_candidates=20_000)
+    wanted = max(free.weights, key=lambda domain: free.weights[domain] / prior[domain])
+    tight = Constraints.by_name(DOMAINS, caps={wanted: 0.5 * free.weights[wanted]})
+    choice = choose(fitted, OBJECTIVE, prior, tight, seed=0, num_candidates=20_000)
+    assert any(note.startswith(f"{wanted} is on its cap") for note in choice.warnings)
+    assert choice.predicted >= free.predicted - 1e-3
+
+
+def test_choose_says_when_it_extrapolates():
+    table, prior, _ = world(0)
+    near = np.array([prior[domain] for domain in DOMAINS])
+    rng = np.random.default_rng(0)
+    weights_RK = rng.dirichlet(3000 * near, 40)
+    narrow = Table(
+        run_ids=tuple(map(str, range(40))),
+        domains=DOMAINS,
+        targets=TARGETS,
+        weights_RK=weights_RK,
+        losses_RM=world_losses(0, weights_RK),
+    )
+    choice = choose(
+        fit_table(narrow, "inverse-power"), {"x": 1}, prior, seed=0, num_candidates=5000
+    )
+    assert choice.distance > 2 * choice.usual_distance
+    assert any(note.startswith("extrapolation") for note in choice.warnings)
+    assert any(note.startswith("edge of the data") for note in choice.warnings)
+
+
+def test_choose_without_signal_is_the_capped_prior_and_says_so():
+    table, prior, bounds = world(0)
+    noise = Table(
+        run_ids=table.run_ids,
+        domains=DOMAINS,
+        targets=TARGETS,
+        weights_RK=table.weights_RK,
+        losses_RM=np.random.default_rng(0).normal(3.0, 0.1, table.losses_RM.shape),
+    )
+    choice = choose(fit_table(noise), OBJECTIVE, prior, bounds, seed=0, num_candidates=1000)
+    assert not choice.signal
+    assert any(note.startswith("NO SIGNAL") for note in choice.warnings)
+    expected = bounds.nearest(np.array([list(prior.values())]))[0]
+    assert list(choice.weights.values()) == pytest.approx(expected)
+    assert choice.baselines["proportional"].regret == 0.0
+
+
+def test_choose_gain_within_its_interval_is_said():
+    table, prior, bounds = world(0, noise=0.1)
+    choice = choose(
+        fit_table(table, "ridge"), OBJECTIVE, prior, bounds, seed=0, num_candidates=2000
+    )
+    assert any(
+        re.match("the predicted gain over best_seen is .* within its 90% interval", note)
+        for note in choice.warnings
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective": {"xx": 1}}, "target 'xx'; the table has x, y, z"),
+        ({"objective": {"x": -1}}, "weight of 'x' is -1; expected more than 0"),
+        ({"objective": {}}, "names no target"),
+        ({"prior": {"web": 1}}, "no domain 'books'"),
+        ({"prior": dict.fromkeys((*DOMAINS, "wbe"), 1)}, "Did you mean 'web'"),
+        ({"prior": dict.fromkeys(DOMAINS, 0)}, "not all 0"),
+        ({"constraints": Constraints.none(DOMAINS[::-1])}, "in this order"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"level": 1.5}, "level of the intervals is 1.5"),
+    ],
+)
+def test_choose_wrong_arguments_are_named(case, change, words):
+    fitted, prior, bounds, _ = case
+    arguments = {"objective": OBJECTIVE, "prior": prior, "constraints": bounds} | change
+    with pytest.raises(ChoiceError, match=words):
+        choose(fitted, seed=0, num_candidates=100, **{"top_k": 10} | arguments)
