@@ -146,7 +146,10 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Return the stems of the JSON files in a folder, sorted."""
         selector = fs.FileSelector(self._path(folder), allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # pyarrow: the folder was made while it was looked for
+            return []
         files = (info.base_name for info in infos if info.is_file)
         return sorted(n[: -len(".json")] for n in files if n.endswith(".json") and n[0] != ".")
 
