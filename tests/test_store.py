@@ -214,6 +214,23 @@ def test_reader_sees_old_or_new_content_never_a_part(local):
     assert seen <= set(contents)
 
 
+def test_listing_survives_a_folder_that_comes_and_goes(local, folder):
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            (folder / "records").mkdir()
+            (folder / "records").rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all(local.status() == {} for _ in range(20_000))
+    finally:
+        stop.set()
+        thread.join()
+
+
 WRITER = """
 import dataclasses, itertools, sys
 sys.path.insert(0, {here!r})
@@ -235,8 +252,10 @@ def test_reader_beside_a_writer_never_sees_a_broken_record(local, folder, caplog
     writer = start_writer(folder, 500)
     counts = [0]
     while writer.poll() is None:
-        counts.append(len(local.records()))
-        local.progress()
+        run_ids = list(local.status())
+        counts.append(len(run_ids))
+        sample = run_ids[:: 1 + len(run_ids) // 20]
+        assert len(local.records(sample)) == len(sample)
     assert writer.returncode == 0
     assert not caplog.messages
     assert counts == sorted(counts) and len(set(counts)) > 2
