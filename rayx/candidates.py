@@ -158,8 +158,9 @@ def sobol_mixtures(
 ) -> list[Mixture]:
     """Spread mixtures evenly over the simplex: w_k = e_k / sum(e), e = -log(1 - u), u Sobol.
 
-    Exponentials of uniform points give the uniform distribution on the simplex. Points outside
-    the caps are pulled inside by `cap_weights`, so tight caps put many on the border.
+    Exponentials of uniform points give the uniform distribution on the simplex. Caps squeeze it,
+    ray by ray from a point inside them, into what they leave: points that `cap_weights` pulled
+    inside would all lie on the border, in tight caps on a few corners.
 
     Args:
         domains: Names.
@@ -182,7 +183,7 @@ def sobol_mixtures(
         for point_K in sampler.random(points):
             # On the lower border an exponential is 0; were all of them, there were no mixture.
             weights_K = np.maximum(-np.log1p(-point_K), 1e-12)
-            accepted.add(borders.round(weights_K))
+            accepted.add(borders.round(_squeeze(weights_K, borders.upper_K / WHOLE)))
             if accepted.count == num:
                 return [Mixture.from_array(p_K, borders.domains) for p_K in accepted.parts_NK]
     raise SpecError(
@@ -251,6 +252,22 @@ def proportional_mixture(
     domains = list(Mixture(tokens))  # without those that have no tokens
     borders = Borders(domains, {d: cap for d, cap in (caps or {}).items() if d in domains})
     return borders.mixture(np.array([float(tokens[d]) for d in domains]))
+
+
+def _squeeze(weights_K: np.ndarray, caps_K: np.ndarray) -> np.ndarray:
+    """Map the simplex, one to one, onto the part of it under the caps.
+
+    Along a ray from caps / sum(caps), a point keeps its place between the centre and the border;
+    where the ray meets no cap it stays as it is.
+    """
+    centre_K = caps_K / caps_K.sum()
+    weights_K = np.where(caps_K > 0, weights_K, 0.0)
+    ray_K = weights_K / weights_K.sum() - centre_K
+    with np.errstate(divide="ignore", invalid="ignore"):
+        to_zero = np.where(ray_K < 0, -centre_K / ray_K, np.inf).min()
+        to_cap = np.where(ray_K > 0, (caps_K - centre_K) / ray_K, np.inf).min()
+    scale = 1.0 if to_cap >= to_zero else to_cap / to_zero
+    return np.maximum(centre_K + scale * ray_K, 0.0)
 
 
 class _Distinct:
