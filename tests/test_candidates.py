@@ -24,7 +24,7 @@ from rayx.mixture import WHOLE, Mixture
 PILE = {"cc": 227.0, "pubmed": 90.0, "books": 101.0, "code": 95.0, "wiki": 17.0, "math": 8.0}
 DOMAINS = sorted(PILE)
 
-relaxed = settings(deadline=None, max_examples=200)
+relaxed = settings(deadline=None, max_examples=100)
 shares = st.floats(0, 1)
 
 
