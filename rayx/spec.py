@@ -118,6 +118,7 @@ class Optimizer:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-6  # far over a gradient's rounding (1e-8), which would else decide signs
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -158,6 +159,7 @@ class Optimizer:
                 0 <= getattr(self, name) < 1, f"Optimizer.{name}", getattr(self, name), "in [0, 1)"
             )
         require(self.weight_decay >= 0, "Optimizer.weight_decay", self.weight_decay, ">= 0")
+        require(self.eps > 0, "Optimizer.eps", self.eps, "> 0")
         require(self.clip_norm > 0, "Optimizer.clip_norm", self.clip_norm, "> 0")
 
 

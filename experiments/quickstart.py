@@ -1,0 +1,94 @@
+"""Quickstart: choose a mixture for a small documentation model from real text, on two CPU cores.
+
+Question:  Six domains of unequal supply; which mixture gives the lowest loss on documentation,
+           encyclopedia, news (which no domain holds) and code, in the weights of OBJECTIVE?
+Method:    RegMix: proxies over sampled mixtures, regression, simulate and average; then the choice,
+           uniform, proportional and the best proxy's mixture are trained at a larger scale.
+Cost:      `rayx run experiments/quickstart.py --dry-run`; about 5 minutes on 2 cores.
+Run:       make demo, or rayx run experiments/quickstart.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
+from rayx.corpus import build_sample
+from rayx.errors import SpecError
+from rayx.methods.regmix import RegMix, Sweep
+
+# Documentation is what the model is for, and the scarcest domain.
+OBJECTIVE = {"docs": 4, "wiki": 2, "news": 2, "code": 1}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What --set may change."""
+
+    corpus: str = "data/sample"  # where the sample corpus is, or is built
+    proxies: int = 48
+    proxy_tokens: int = 240_000
+    verify_tokens: int = 480_000
+    verify_seeds: int = 3
+    final_tokens: int = 2_000_000  # of the run that the plan is for
+    max_epochs: float = 4.0
+    regressor: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.proxies < 16:
+            raise SpecError(f"proxies is {self.proxies}; expected at least 16 to fit 6 domains.")
+
+
+def corpus(p: Parameters) -> Corpus:
+    """Return the sample corpus, built on first use."""
+    return build_sample(p.corpus, vocab_size=1024)
+
+
+def method(p: Parameters, corpus: Corpus) -> RegMix:
+    """Return the study: 0.17M-parameter proxies, verified at 0.37M and three times the tokens."""
+    proxy = TrainSpec(
+        corpus=corpus.fingerprint,
+        model=ModelShape(layers=2, width=64, heads=4, ffn_width=192, vocab_size=1024, context=128),
+        schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.proxy_tokens),
+        optimizer=Optimizer(lr=8e-3, batch_sequences=8),
+        evaluation=Evaluation(points=3, sequences=96),
+    )
+    larger = dataclasses.replace(
+        proxy,
+        model=dataclasses.replace(proxy.model, layers=2, width=96, heads=6, ffn_width=288),
+        optimizer=Optimizer(lr=4e-3, batch_sequences=8),
+        schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.verify_tokens),
+        evaluation=Evaluation(points=4, sequences=192),
+    )
+    return RegMix(
+        corpus=corpus,
+        proxy=proxy,
+        num_proxies=p.proxies,
+        objective=OBJECTIVE,
+        budget_tokens=p.final_tokens,
+        max_epochs=p.max_epochs,
+        seed=p.seed,
+        regressor=p.regressor,
+        verification=larger if p.verify_seeds else None,
+        verification_seeds=p.verify_seeds,
+    )
+
+
+def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
+    """Return the proxies."""
+    return method(p, corpus).specs()
+
+
+def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
+    """Return runs as costly as those of the verification."""
+    regmix = method(p, corpus)
+    shapes = regmix.follow_up(dict.fromkeys("abcd", Mixture.uniform(corpus.domains)))
+    return [spec for arm in shapes.values() for spec in arm]
+
+
+def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Sequence[str]:
+    """Choose, verify, plan and report; return lines for people."""
+    return method(p, corpus).conclude(store, sweep, name=f"quickstart-{p.seed}")

@@ -1,0 +1,241 @@
+"""`rayx fit`, `choose`, `plan` and `report`: from records, or a CSV, to a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+
+from rayx.caps import supply_caps
+from rayx.choose import Choice, Constraints
+from rayx.choose import choose as choose_mixture
+from rayx.cli.options import (
+    JsonOption,
+    LossesOption,
+    NameOption,
+    RegressorOption,
+    SeedOption,
+    StoreArgument,
+    StoreOrNone,
+    WeightsOption,
+)
+from rayx.corpus import Corpus
+from rayx.errors import FitError, SpecError
+from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
+from rayx.plan import Plan
+from rayx.report import render
+from rayx.store import Store, open_store
+
+
+def _table(store: str | None, weights: str | None, losses: str | None) -> Table:
+    """Read the table from a store, or from two CSV files."""
+    if store and not (weights or losses):
+        return Table.from_frame(largest_scale(open_store(store).runs()))
+    if weights and losses and not store:
+        return Table.from_csv(weights, losses)
+    raise SpecError("Give a STORE, or --weights and --losses; not both and not one of the two.")
+
+
+def _numbers(option: str, text: str) -> dict[str, float]:
+    """Parse `name=number,name=number`."""
+    result = {}
+    for part in text.split(","):
+        name, equals, number = part.rpartition("=")
+        try:
+            result[name.strip()] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise SpecError(f"{option} has {part!r}; expected name=number, separated by commas.")
+    return result
+
+
+def fit(
+    store: StoreOrNone = None,
+    weights: WeightsOption = None,
+    losses: LossesOption = None,
+    test_weights: Annotated[str | None, typer.Option(help="CSV of test mixtures.")] = None,
+    test_losses: Annotated[str | None, typer.Option(help="CSV of test losses.")] = None,
+    regressor: RegressorOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit loss as a function of the mixture; show cross-validation, and the test where given.
+
+    Example: `rayx fit --weights w.csv --losses l.csv --regressor auto --json`
+    """
+    if (test_weights is None) != (test_losses is None):
+        raise SpecError("--test-weights and --test-losses go together; give both or neither.")
+    table = _table(store, weights, losses)
+    test = Table.from_csv(test_weights, test_losses) if test_weights and test_losses else None
+    result = evaluate_fit(table, test, regressor, seed)
+    if as_json:
+        return typer.echo(json.dumps(result))
+    _warn(table.warnings)
+    columns = ["target", "regressor", "cv spearman", "cv r2"]
+    columns += ["test spearman", "test mse", "top-1 regret"] if test else []
+    grid = _grid(*columns)
+    for target, found in result["targets"].items():
+        row = [target, found["regressor"], *(f"{found['cv'][k]:.4f}" for k in ("spearman", "r2"))]
+        row += [f"{value:.4g}" for value in found.get("test", {}).values()]
+        grid.add_row(*row)
+    Console().print(grid)
+    mean = ", ".join(f"{name} {value:.4f}" for name, value in result["mean"].items())
+    typer.echo(f"mean of {len(result['targets'])} targets: {mean}; {result['seconds']:.1f} s")
+
+
+def choose(
+    store: StoreOrNone = None,
+    weights: WeightsOption = None,
+    losses: LossesOption = None,
+    objective: Annotated[
+        str | None, typer.Option(help="target=weight,… [default: all alike]")
+    ] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="domain=weight,… [default: supply, or uniform]")
+    ] = None,
+    caps: Annotated[str | None, typer.Option(help="domain=largest share,…")] = None,
+    floors: Annotated[str | None, typer.Option(help="domain=least share,…")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Corpus whose supply caps the shares.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="Tokens of the final run, with --corpus.")
+    ] = None,
+    max_epochs: Annotated[float, typer.Option(help="Passes over a domain, with --corpus.")] = 4.0,
+    regressor: RegressorOption = "auto",
+    seed: SeedOption = 0,
+    name: Annotated[str, typer.Option(help="Name of the choice and plan in the store.")] = "choice",
+    as_json: JsonOption = False,
+) -> None:
+    """Choose a mixture under constraints; a store keeps the choice and, with --corpus, a plan.
+
+    Example: `rayx choose runs/mine --objective docs=2,wiki=1 --corpus data/mine --tokens 2e9`
+    """
+    if (corpus is None) != (tokens is None):
+        raise SpecError("--corpus and --tokens go together: caps are epochs * supply / tokens.")
+    table = _table(store, weights, losses)
+    limits = _numbers("--caps", caps) if caps else {}
+    supply: dict[str, float] = dict.fromkeys(table.domains, 1.0)
+    opened = Corpus.load(corpus) if corpus else None
+    if opened is not None and tokens is not None:
+        missing = [d for d in table.domains if d not in opened.domains]
+        if missing:
+            raise SpecError(f"Corpus {corpus} has no domain {missing[0]!r}, which the runs have.")
+        supply = {d: float(opened.tokens[d]) for d in table.domains}
+        for domain, cap in supply_caps(supply, tokens, max_epochs).items():
+            limits[domain] = min(cap, limits.get(domain, 1.0))
+    choice = choose_mixture(
+        fit_table(table, regressor, seed=seed),
+        _numbers("--objective", objective) if objective else dict.fromkeys(table.targets, 1.0),
+        _numbers("--prior", prior) if prior else supply,
+        Constraints.by_name(
+            table.domains, _numbers("--floors", floors) if floors else None, limits
+        ),
+        seed=seed,
+    )
+    if store:
+        kept = open_store(store)
+        kept.write_bytes(f"choices/{name}.json", choice.to_json().encode())
+        if opened is not None and tokens is not None:
+            plan = Plan.of(choice, opened, int(tokens), kept, table.run_ids)
+            kept.write_json(f"plans/{name}.json", plan.to_json())
+    if as_json:
+        return typer.echo(choice.to_json())
+    _show_choice(choice)
+
+
+def plan(
+    store: StoreArgument,
+    name: NameOption = None,
+    out: Annotated[str | None, typer.Option(help="Also write it to this file.")] = None,
+) -> None:
+    """Print a plan as JSON: the schedule of the final run with its evidence; it stands alone.
+
+    Example: `rayx plan runs/quickstart --out plan.json`
+    """
+    opened = open_store(store)
+    text = json.dumps(opened.read_json(f"plans/{_latest(opened, 'plans', name)}.json"), indent=2)
+    if out:
+        _write(out, text)
+    typer.echo(text)
+
+
+def report(
+    store: StoreArgument,
+    name: NameOption = None,
+    out: Annotated[str, typer.Option(help="The page to write.")] = "report.html",
+) -> None:
+    """Write one self-contained HTML page: choice, evidence, curves, cost, failures.
+
+    Example: `rayx report runs/quickstart --out report.html`
+    """
+    opened = open_store(store)
+    found: dict[str, dict | None] = {}
+    for folder in ("choices", "verifications", "plans"):
+        names = opened.names(folder)
+        wanted = name or (names[-1] if names else None)
+        found[folder] = opened.read_json(f"{folder}/{wanted}.json") if wanted in names else None
+    runs = opened.runs()
+    choice = Choice.from_json(json.dumps(found["choices"])) if found["choices"] else None
+    try:
+        if found["plans"]:
+            runs = runs[runs["run_id"].isin(found["plans"]["provenance"]["run_ids"])]
+            fitted = fit_table(Table.from_frame(runs))
+        else:
+            fitted = fit_table(Table.from_frame(largest_scale(runs)))
+    except FitError as error:  # too few runs yet: the page says what there is
+        _warn([f"nothing could be fitted: {error}"])
+        fitted = None
+    page = render(opened, fitted, choice, verification=found["verifications"], plan=found["plans"])
+    _write(out, page)
+    typer.echo(out)
+
+
+def _latest(store: Store, folder: str, name: str | None) -> str:
+    names = store.names(folder)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        known = ", ".join(names) or "none"
+        asked = f"no {name!r}" if name else "more than one or none"
+        raise SpecError(f"Store {store.url!r} has {asked} in {folder} ({known}); give --name.")
+    return name
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"Cannot write {path!r}: {error}. Give another --out.") from error
+
+
+def _grid(*columns: str) -> Grid:
+    grid = Grid(box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(
+            column, justify="left" if column in ("target", "regressor", "") else "right"
+        )
+    return grid
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _show_choice(choice: Choice) -> None:
+    """Print the chosen shares beside the baselines', and what each is predicted to reach."""
+    grid = _grid("", "choice", *choice.baselines)
+    for domain, share in choice.weights.items():
+        others = (b.weights[domain] for b in choice.baselines.values())
+        grid.add_row(domain, *(f"{w:.3f}" for w in (share, *others)))
+    predicted = [choice.predicted, *(b.predicted for b in choice.baselines.values())]
+    grid.add_row("predicted objective", *(f"{value:.4f}" for value in predicted))
+    Console().print(grid)
+    low, high = choice.interval
+    typer.echo(f"{choice.level:.0%} interval of the choice: {low:.4f} to {high:.4f}")
+    _warn(choice.warnings)

@@ -1,0 +1,49 @@
+"""The command's tree and its edge to the shell."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from rayx.cli import corpora, decisions, sweeps
+from rayx.errors import RayxError
+
+
+def command_tree() -> typer.Typer:
+    """Return the `rayx` command with all its subcommands."""
+    settings = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": "markdown"}
+    app = typer.Typer(
+        name="rayx",
+        help="Decide what data a language model is trained on: sweep, fit, choose, plan.",
+        pretty_exceptions_enable=False,
+        **settings,
+    )
+    for command in (sweeps.run, sweeps.status, sweeps.query):
+        app.command()(command)
+    for command in (decisions.fit, decisions.choose, decisions.plan, decisions.report):
+        app.command()(command)
+    corpus = typer.Typer(help="Build and look at corpora.", **settings)
+    for command in (corpora.build, corpora.sample, corpora.show):
+        corpus.command()(command)
+    app.add_typer(corpus, name="corpus")
+    return app
+
+
+def main() -> None:
+    """Run the command line; every RayxError is one line on standard error and exit code 2."""
+    terminal = sys.stderr.isatty()
+    handler = RichHandler(console=Console(stderr=True), show_path=False) if terminal else None
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s" if terminal else "%(asctime)s %(message)s",
+        handlers=[handler] if handler else None,
+    )
+    try:
+        command_tree()()
+    except RayxError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,145 @@
+"""`rayx run`, `status` and `query`: a sweep and its records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayx.cli.options import JsonOption, StoreArgument
+from rayx.errors import SpecError
+from rayx.experiment import load_experiment, set_parameters
+from rayx.spec import TrainSpec
+from rayx.store import open_store
+
+
+def run(
+    experiment: Annotated[str, typer.Argument(help="An experiment file.", metavar="EXPERIMENT.py")],
+    store: Annotated[
+        str | None, typer.Option(help="Where records go. [default: runs/EXPERIMENT]")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster: auto, ray://… [default: a Ray here]")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a parameter: name=value.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Run only the first N specs, no analysis.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, tokens, FLOPs and time; run nothing.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run failed runs again.")
+    ] = False,
+    pack_size: Annotated[
+        int, typer.Option(min=1, help="Runs of a trial; on a GPU they train together.")
+    ] = 4,
+    cpus: Annotated[float, typer.Option(help="CPUs of a trial.")] = 1.0,
+    gpus: Annotated[float, typer.Option(help="GPUs of a trial.")] = 0.0,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Wait for nodes that an autoscaler brings.")
+    ] = False,
+) -> None:
+    """Run an experiment's sweep: what has no record yet, then its analysis.
+
+    Example: `rayx run experiments/quickstart.py --set proxies=48 --dry-run`
+    """
+    from rayx.proxy import set_threads, train_pack
+    from rayx.sweep import Placement, estimate, run_sweep
+
+    module = load_experiment(experiment)
+    parameters = set_parameters(module, assignments or [])
+    url = store or f"runs/{Path(experiment).stem}"
+    if "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise SpecError(
+            f"--store {url!r} is relative, but a Ray job runs in a temporary copy of its working "
+            "directory. Give an absolute path that all nodes see, or an s3:// or gs:// URL."
+        )
+    corpus = module.corpus(parameters)
+    specs = module.specs(parameters, corpus)[:limit]
+    placement = Placement(
+        address=address, pack_size=pack_size, cpus=cpus, gpus=gpus, elastic=elastic
+    )
+    if dry_run:
+        set_threads(max(1, int(cpus)))
+        stages = {"sweep": specs}
+        if hasattr(module, "follow_up") and limit is None:
+            stages["follow-up"] = module.follow_up(parameters, corpus)
+        for stage, stage_specs in stages.items():
+            cost = estimate(stage_specs, corpus, train_pack, placement)
+            typer.echo(
+                f"{stage}: {cost.runs} runs, {cost.tokens:.3g} tokens, {cost.flops:.3g} FLOPs, "
+                f"about {cost.seconds / 60:.1f} minutes of one trial's device "
+                f"({cost.seconds / 120:.1f} with two at a time)"
+            )
+        return
+
+    opened = open_store(url, create=True)
+    statuses: dict[str, str] = {}
+
+    def sweep(more: Sequence[TrainSpec]) -> None:
+        statuses.update(
+            run_sweep(
+                more, corpus, opened, train_pack, placement=placement, retry_failed=retry_failed
+            )
+        )
+
+    sweep(specs)
+    if limit is None and hasattr(module, "analyse"):
+        module.analyse(parameters, corpus, opened, sweep)
+    failed = [run_id for run_id, status in statuses.items() if status == "failed"]
+    if failed:
+        typer.echo(
+            f"{len(failed)} of {len(statuses)} runs failed; see `rayx status {url}`.", err=True
+        )
+        raise typer.Exit(1)
+
+
+def status(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Say how far a sweep is, whether it is alive, and what failed.
+
+    Example: `rayx status runs/quickstart`
+    """
+    opened = open_store(store)
+    state = opened.progress()
+    failures = {
+        record.run_id: record.failure.message
+        for record in opened.records(r for r, s in opened.status().items() if s == "failed")
+        if record.failure
+    }
+    if as_json:
+        return typer.echo(json.dumps({**state, "failures": failures}))
+    from rayx.sweep.progress import progress_line
+
+    ended = state["ok"] + state["failed"] == state["total"]
+    mode = (
+        "running" if state["alive"] else "finished" if ended else "stopped; run it again to go on"
+    )
+    typer.echo(f"{progress_line(state)} ({mode})")
+    for run_id, message in failures.items():
+        typer.echo(f"  failed {run_id}: {message}")
+
+
+def query(
+    store: StoreArgument,
+    sql: Annotated[
+        str, typer.Argument(help="One SELECT over the tables runs and evals.", metavar="SQL")
+    ],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Ask a store in SQL, also while its sweep goes on.
+
+    Example: `rayx query runs/quickstart 'select run_id, "loss/docs" from runs order by 2 limit 5'`
+    """
+    frame = open_store(store).sql(sql)
+    if as_csv:
+        typer.echo(frame.to_csv(index=False), nl=False)
+    else:
+        typer.echo(frame.to_string(index=False))
+        typer.echo(f"({len(frame)} rows)")

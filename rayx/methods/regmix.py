@@ -1,0 +1,148 @@
+"""RegMix: many small proxies over sampled mixtures, a regression, the best of many simulated.
+
+Source: Liu et al. 2024, arXiv:2407.01492 (algorithm of section 3, released code).
+Differs: candidates keep to the final run's token supply (a cap a domain) instead of 15 times the
+    prior alone; the regressor is chosen by cross-validation (`auto`) among LightGBM and others and
+    never sees the test rows; proxies share initialisation and data order (common random numbers);
+    uniform and proportional are among the proxies; the choice is verified by training it and what
+    it must beat at a larger scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayx.candidates import proportional_mixture, regmix_mixtures, uniform_mixture
+from rayx.caps import supply_caps
+from rayx.choose import Choice, Constraints, choose
+from rayx.corpus import Corpus
+from rayx.fit import FittedTable, Table, fit_table
+from rayx.mixture import Mixture, Schedule
+from rayx.plan import Plan
+from rayx.report import render
+from rayx.spec import TrainSpec
+from rayx.store import Store
+from rayx.verify import CHOICE, compare, verification_specs
+
+log = logging.getLogger(__name__)
+
+Sweep = Callable[[Sequence[TrainSpec]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegMix:
+    """RegMix on one corpus.
+
+    Attributes:
+        corpus: What there is to mix.
+        proxy: Template of the proxies; its mixture and seeds are replaced.
+        num_proxies: Proxies in all, uniform and proportional included, >= 8.
+        objective: Target -> weight of its loss (bits per byte), > 0.
+        budget_tokens: Tokens of the final run that the choice is for; sets the caps.
+        max_epochs: How often the final run may read a token.
+        seed: Draws the candidates and is the proxies' seed.
+        regressor: `auto` or a regressor's name.
+        verification: Template of the verification runs, larger than the proxies, or None.
+        verification_seeds: Seeds of each arm of the verification.
+    """
+
+    corpus: Corpus
+    proxy: TrainSpec
+    num_proxies: int
+    objective: Mapping[str, float]
+    budget_tokens: int
+    max_epochs: float = 4.0
+    seed: int = 0
+    regressor: str = "auto"
+    verification: TrainSpec | None = None
+    verification_seeds: int = 3
+
+    @property
+    def caps(self) -> dict[str, float]:
+        """Domain -> largest share that the supply allows in the final run."""
+        return supply_caps(self.corpus.tokens, self.budget_tokens, self.max_epochs)
+
+    def baselines(self) -> dict[str, Mixture]:
+        """Return what a choice must beat without any sweep, within the caps."""
+        return {
+            "uniform": uniform_mixture(self.corpus.domains, self.caps),
+            "proportional": proportional_mixture(self.corpus.tokens, self.caps),
+        }
+
+    def specs(self) -> list[TrainSpec]:
+        """Return the proxies: the baselines, then RegMix's candidates."""
+        mixtures = list(self.baselines().values())
+        mixtures += regmix_mixtures(
+            self.corpus.tokens,
+            self.num_proxies - len(mixtures),
+            seed=self.seed,
+            caps=self.caps,
+        )
+        return [
+            dataclasses.replace(
+                self.proxy,
+                schedule=Schedule.constant(mixture, self.proxy.schedule.tokens),
+                seed=self.seed,
+                data_seed=self.seed,
+            )
+            for mixture in mixtures
+        ]
+
+    def decide(self, store: Store) -> tuple[FittedTable, Choice]:
+        """Fit the proxies' records and choose."""
+        wanted = {spec.run_id for spec in self.specs()}
+        runs = store.runs()
+        table = Table.from_frame(runs[runs["run_id"].isin(wanted)])
+        fitted = fit_table(table, self.regressor, seed=self.seed)
+        caps = {d: cap for d, cap in self.caps.items() if d in table.domains}
+        prior = {d: self.corpus.tokens[d] for d in table.domains}
+        constraints = Constraints.by_name(table.domains, caps=caps)
+        return fitted, choose(fitted, self.objective, prior, constraints, seed=self.seed)
+
+    def arms(self, choice: Choice) -> dict[str, Mixture]:
+        """Return the arms of the verification; random search is the best proxy that was seen."""
+        return {
+            CHOICE: Mixture(choice.weights),
+            **self.baselines(),
+            "best_random": Mixture(choice.baselines["best_seen"].weights),
+        }
+
+    def follow_up(self, arms: Mapping[str, Mixture]) -> dict[str, list[TrainSpec]]:
+        """Return arm -> verification runs; none without a verification template."""
+        if self.verification is None:
+            return {}
+        first = 1_000 * (self.seed + 1)  # seeds that no proxy has used
+        seeds = range(first, first + self.verification_seeds)
+        return verification_specs(self.verification, arms, list(seeds))
+
+    def conclude(self, store: Store, sweep: Sweep, name: str = "regmix") -> dict[str, Any]:
+        """Decide, verify and write what was decided into the store.
+
+        Writes choices/NAME.json, plans/NAME.json, verifications/NAME.json and reports/NAME.html.
+
+        Returns:
+            `choice`, `plan`, `verification` (None without a template) and `report` (its place).
+        """
+        fitted, choice = self.decide(store)
+        store.write_bytes(f"choices/{name}.json", choice.to_json().encode())
+        plan = Plan.of(choice, self.corpus, self.budget_tokens, store, fitted.table.run_ids)
+        verification = None
+        if self.verification is not None:
+            arms = self.follow_up(self.arms(choice))
+            sweep([spec for specs in arms.values() for spec in specs])
+            verification = compare(store, arms, choice.objective)
+            plan = dataclasses.replace(plan, verdict=verification["verdict"])
+            store.write_json(f"verifications/{name}.json", verification)
+        store.write_json(f"plans/{name}.json", plan.to_json())
+        page = render(store, fitted, choice, verification=verification, plan=plan.to_json())
+        store.write_bytes(f"reports/{name}.html", page.encode())
+        return {
+            "choice": choice,
+            "plan": plan,
+            "verification": verification,
+            "report": f"{store.url}/reports/{name}.html",
+        }
