@@ -14,7 +14,7 @@ from rayx.choose import Choice, Constraints, capped, choose, simulate
 from rayx.errors import ChoiceError
 from rayx.fit import Table, fit_table
 
-DOMAINS = ("books", "code", "math", "news", "web", "wiki")
+DOMAINS: tuple[str, ...] = ("books", "code", "math", "news", "web", "wiki")
 K = len(DOMAINS)
 TARGETS = ("x", "y", "z")
 OBJECTIVE = {"x": 2.0, "y": 1.0, "z": 1.0}

@@ -12,7 +12,7 @@ from rayx.errors import FitError
 from rayx.fit import Mean, Ridge, Table, fit_command, fit_table, score
 from rayx.fit.auto import BLEND_GAIN, has_signal, spearman
 
-DOMAINS = ("a", "b", "c", "d", "e")
+DOMAINS: tuple[str, ...] = ("a", "b", "c", "d", "e")
 
 
 def make_table(num=60, seed=0, noise=0.01):

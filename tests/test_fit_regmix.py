@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def load():
-    return Table.from_csv(*FILES[:2]), Table.from_csv(*FILES[2:])
+    return Table.from_csv(FILES[0], FILES[1]), Table.from_csv(FILES[2], FILES[3])
 
 
 def random_rows(table, num, seed):
