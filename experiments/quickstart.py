@@ -1,7 +1,7 @@
 """Quickstart: choose a mixture for a small documentation model from real text, on two CPU cores.
 
 Question:  Six domains of unequal supply; which mixture gives the lowest loss on documentation,
-           encyclopedia, news (which no domain holds) and code, in the weights of OBJECTIVE?
+           encyclopedia, READMEs (which no domain holds) and code, in the weights of OBJECTIVE?
 Method:    RegMix: proxies over sampled mixtures, regression, simulate and average; then the choice,
            uniform, proportional and the best proxy's mixture are trained at a larger scale.
 Cost:      `rayx run experiments/quickstart.py --dry-run`; about 5 minutes on 2 cores.
@@ -11,8 +11,8 @@ Run:       make demo, or rayx run experiments/quickstart.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
 from rayx.corpus import build_sample
@@ -20,7 +20,7 @@ from rayx.errors import SpecError
 from rayx.methods.regmix import RegMix, Sweep
 
 # Documentation is what the model is for, and the scarcest domain.
-OBJECTIVE = {"docs": 4, "wiki": 2, "news": 2, "code": 1}
+OBJECTIVE = {"docs": 4, "wiki": 2, "readmes": 2, "code": 1}
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,9 @@ def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return runs as costly as those of the verification."""
-    regmix = method(p, corpus)
-    shapes = regmix.follow_up(dict.fromkeys("abcd", Mixture.uniform(corpus.domains)))
-    return [spec for arm in shapes.values() for spec in arm]
+    return method(p, corpus).follow_up_cost()
 
 
-def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Sequence[str]:
-    """Choose, verify, plan and report; return lines for people."""
+def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> dict[str, Any]:
+    """Choose, verify, plan and report."""
     return method(p, corpus).conclude(store, sweep, name=f"quickstart-{p.seed}")

@@ -88,7 +88,7 @@ class Record:
             "failure": self.failure.message if self.failure else None,
             "corpus": spec.corpus,
             "params": spec.model.params,
-            "tokens": self.tokens,
+            "tokens": spec.tokens,
             "flops": self.flops,
             "seconds": self.seconds,
             "seed": spec.seed,

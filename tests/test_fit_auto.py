@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from contracts.regressor_contract import draw_mixtures, draw_world, planted_loss
 
 from rayx.errors import FitError
-from rayx.fit import Mean, Ridge, Table, fit_command, fit_table, score
+from rayx.fit import Mean, Ridge, Table, evaluate_fit, fit_table, score
 from rayx.fit.auto import BLEND_GAIN, has_signal, spearman
+from tests.contracts.regressor_contract import draw_mixtures, draw_world, planted_loss
 
 DOMAINS: tuple[str, ...] = ("a", "b", "c", "d", "e")
 
@@ -220,10 +220,15 @@ def write_csvs(folder, name, table):
     return paths
 
 
-def test_fit_command_reports_with_and_without_test_files(tmp_path):
+def fit_files(weights, losses, *test, **options):
+    test_table = Table.from_csv(*test) if test else None
+    return evaluate_fit(Table.from_csv(weights, losses), test_table, **options)
+
+
+def test_evaluate_fit_reports_with_and_without_test_files(tmp_path):
     train = write_csvs(tmp_path, "train", make_table(60, 0))
     test = write_csvs(tmp_path, "test", make_table(40, 9))
-    report = fit_command(*train, *test, regressor="ridge", seed=1)
+    report = fit_files(*train, *test, regressor="ridge", seed=1)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert set(report) == {"rows", "targets", "mean", "seconds"}
     assert report["rows"] == {"train": 60, "test": 40}
@@ -236,20 +241,18 @@ def test_fit_command_reports_with_and_without_test_files(tmp_path):
     of_targets = [entry["test"]["mse"] for entry in report["targets"].values()]
     assert report["mean"]["test_mse"] == pytest.approx(np.mean(of_targets))
 
-    alone = fit_command(*train, regressor="ridge", seed=1)
+    alone = fit_files(*train, regressor="ridge", seed=1)
     assert alone["rows"] == {"train": 60, "test": 0} and set(alone["mean"]) == {
         "cv_spearman",
         "cv_r2",
     }
     assert alone["targets"]["planted"]["cv"] == report["targets"]["planted"]["cv"]
     assert "test" not in alone["targets"]["planted"]
-    with pytest.raises(FitError, match="Test weights were given without test losses"):
-        fit_command(*train, test[0])
 
 
-def test_fit_command_test_rows_do_not_change_the_fit(tmp_path):
+def test_evaluate_fit_test_rows_do_not_change_the_fit(tmp_path):
     train = write_csvs(tmp_path, "train", only(make_table(40, 0), "planted"))
     test = write_csvs(tmp_path, "test", only(make_table(40, 9), "planted"))
     other = write_csvs(tmp_path, "other", only(make_table(12, 5), "planted"))
-    first, second = (fit_command(*train, *files, regressor="lightgbm") for files in (test, other))
+    first, second = (fit_files(*train, *files, regressor="lightgbm") for files in (test, other))
     assert first["targets"]["planted"]["cv"] == pytest.approx(second["targets"]["planted"]["cv"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayx.fit import Table, fit_command, fit_table, score
+from rayx.fit import Table, evaluate_fit, fit_table, score
 
 BESIDE = Path(__file__).parent.parent.parent / "shared" / "reference"
 REGMIX = Path(os.environ.get("RAYX_REFERENCE", BESIDE)) / "regmix"
@@ -77,6 +77,6 @@ def test_auto_with_64_runs_is_not_worse_than_its_floor():
 @pytest.mark.slow
 @pytest.mark.parametrize(("regressor", "floor"), [("auto", 0.990), ("lightgbm", 0.988)])
 def test_acceptance_on_all_runs(regressor, floor):
-    report = fit_command(*FILES, regressor=regressor)
+    report = evaluate_fit(*load(), regressor=regressor)
     assert report["rows"] == {"train": 512, "test": 256}
     assert report["mean"]["test_spearman"] >= floor

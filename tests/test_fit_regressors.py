@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from contracts.regressor_contract import CHECKS, RegressorCase, draw_world, planted_loss
 from scipy.optimize import check_grad
 
 from rayx.errors import FitError
@@ -20,6 +19,7 @@ from rayx.fit import (
 )
 from rayx.fit.linear import _ridge, with_products
 from rayx.fit.regressor import make_folds
+from tests.contracts.regressor_contract import CHECKS, RegressorCase, draw_world, planted_loss
 
 CASES = {
     "Mean": RegressorCase(Mean, recovery=None),

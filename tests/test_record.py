@@ -8,10 +8,10 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import SPEC, record, train_spec, two_phases
 
 from rayx.errors import SpecError
 from rayx.record import CurvePoint, Failure, Loss, Record
+from tests.samples import SPEC, record, train_spec, two_phases
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 losses = st.dictionaries(

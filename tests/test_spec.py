@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import SPEC, train_spec, two_phases
 
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Phase, Schedule
 from rayx.spec import LrSchedule, ModelShape, Optimizer, Precision, TrainSpec
+from tests.samples import SPEC, train_spec, two_phases
 
 replace = dataclasses.replace
 CHANGES: dict[str, Any] = {  # every field, and a valid value other than that of SPEC

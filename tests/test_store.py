@@ -17,13 +17,13 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 from pyarrow import fs
-from samples import SPEC, record, train_spec, two_phases
 
 import rayx
 from rayx.errors import StoreError
 from rayx.mixture import Mixture, Schedule
 from rayx.record import Loss
 from rayx.store import ALIVE_SECONDS, Store, open_store
+from tests.samples import SPEC, record, train_spec, two_phases
 
 HERE = Path(__file__).parent
 
@@ -234,7 +234,7 @@ def test_listing_survives_a_folder_that_comes_and_goes(local, folder):
 WRITER = """
 import dataclasses, itertools, sys
 sys.path.insert(0, {here!r})
-from samples import record, train_spec
+from tests.samples import record, train_spec
 import rayx
 store = rayx.open({url!r})
 for seed in itertools.islice(itertools.count(), {count}):

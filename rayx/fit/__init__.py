@@ -2,14 +2,14 @@
 
 from rayx.fit.auto import fit_table, regressors
 from rayx.fit.boosted_trees import LightGBM
-from rayx.fit.evaluate import fit_command, score
+from rayx.fit.evaluate import evaluate_fit, score
 from rayx.fit.fitted import FittedTable
 from rayx.fit.gaussian_process import GaussianProcess
 from rayx.fit.inverse_power import InversePower
 from rayx.fit.linear import Mean, Ridge
 from rayx.fit.log_linear import LogLinear
 from rayx.fit.regressor import PointRegressor, Regressor
-from rayx.fit.table import Table
+from rayx.fit.table import Table, largest_scale
 
 __all__ = [
     "FittedTable",
@@ -22,8 +22,9 @@ __all__ = [
     "Regressor",
     "Ridge",
     "Table",
-    "fit_command",
+    "evaluate_fit",
     "fit_table",
+    "largest_scale",
     "regressors",
     "score",
 ]

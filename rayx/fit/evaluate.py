@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 
-from rayx.errors import FitError
 from rayx.fit.auto import Progress, fit_table, spearman
 from rayx.fit.fitted import FittedTable
 from rayx.fit.regressor import Regressor
@@ -38,34 +36,33 @@ def score(fitted: FittedTable, test_table: Table) -> dict[str, dict[str, float]]
     return scores
 
 
-def fit_command(
-    weights: str | Path,
-    losses: str | Path,
-    test_weights: str | Path | None = None,
-    test_losses: str | Path | None = None,
+def evaluate_fit(
+    table: Table,
+    test_table: Table | None = None,
     regressor: str | Regressor = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict:
-    """Fit CSVs and report; the object that `rayx fit --json` prints.
+    """Fit a table and report; the object that `rayx fit --json` prints.
+
+    Args:
+        table: Runs to fit.
+        test_table: Runs that no fit sees, with the same domains and targets.
+        regressor: As for `fit_table`.
+        seed: As for `fit_table`.
+        progress: As for `fit_table`.
 
     Returns:
         {"rows": {"train", "test"}, "targets": {name: {"regressor", "cv": {"spearman", "r2"},
         "test": {"spearman", "mse", "top1_regret"}}}, "mean": {"test_spearman", "test_mse"},
-        "seconds"}. Without test files no "test", and "mean" is {"cv_spearman", "cv_r2"}.
+        "seconds"}. Without a test table no "test", and "mean" is {"cv_spearman", "cv_r2"}.
 
     Raises:
-        FitError: As Table.from_csv and fit_table; or one test file without the other.
+        FitError: As `fit_table`; or the test table has other domains or targets.
     """
     started = time.perf_counter()
-    if (test_weights is None) != (test_losses is None):
-        given, lacking = ("weights", "losses") if test_losses is None else ("losses", "weights")
-        raise FitError(f"Test {given} were given without test {lacking}; give both or neither.")
-    table = Table.from_csv(weights, losses)
-    test_table = None
-    if test_weights is not None and test_losses is not None:
-        # Read before the fit, so that a wrong file is found before the time is spent.
-        test_table = Table.from_csv(test_weights, test_losses, min_rows=2).aligned_to(table)
+    if test_table is not None:
+        test_table = test_table.aligned_to(table)  # before the time of the fit is spent
     fitted = fit_table(table, regressor, seed, progress)
     chosen = fitted.cv[fitted.cv["chosen"]].set_index("target")
     targets: dict[str, dict] = {

@@ -22,6 +22,7 @@ from rayx.errors import FitError, did_you_mean
 
 MIN_ROWS = 8
 SUM_TOLERANCE = 0.02  # RegMix's released weights are rounded to 3 decimals and sum to .996-1.003
+SCALE = ("corpus", "params", "tokens")  # columns in which the runs of a table agree
 MISSING = {"", "na", "nan", "null", "none"}
 
 
@@ -179,6 +180,13 @@ class Table:
                 )
         chosen = tuple(targets or known)
         used = runs.loc[runs["status"] == "ok"]
+        for column in SCALE:
+            values = used[column].unique() if column in used.columns else ()
+            if len(values) > 1:
+                raise FitError(
+                    f"The runs have {len(values)} values of {column} ({values[0]}, {values[1]}); "
+                    "a table holds one. Take the rows of one, e.g. with largest_scale."
+                )
         warnings = ()
         if len(used) < len(runs):
             others = Counter(runs.loc[runs["status"] != "ok", "status"].astype(str))
@@ -220,6 +228,18 @@ class Table:
             weights_RK=self.weights_RK[:, domain_order],
             losses_RM=self.losses_RM[:, target_order],
         )
+
+
+def largest_scale(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the corpus, size and token count that most runs share.
+
+    A sweep's store also holds verification runs, at other scales; losses of different scales or
+    different data are never pooled.
+    """
+    columns = [column for column in SCALE if column in runs.columns]
+    if runs.empty or not columns:
+        return runs
+    return max((group for _, group in runs.groupby(columns, sort=True)), key=len)
 
 
 def _named(runs: pd.DataFrame, prefix: str) -> tuple[str, ...]:

@@ -119,6 +119,13 @@ class RegMix:
         seeds = range(first, first + self.verification_seeds)
         return verification_specs(self.verification, arms, list(seeds))
 
+    def follow_up_cost(self) -> list[TrainSpec]:
+        """Return as many runs, as costly, as the verification of any choice will take."""
+        arms = [CHOICE, *self.baselines(), "best_random"]
+        uniform = Mixture.uniform(self.corpus.domains)
+        runs = self.follow_up(dict.fromkeys(arms, uniform))
+        return [spec for specs in runs.values() for spec in specs]
+
     def conclude(self, store: Store, sweep: Sweep, name: str = "regmix") -> dict[str, Any]:
         """Decide, verify and write what was decided into the store.
 
