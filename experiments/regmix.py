@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
 from rayx.errors import SpecError, did_you_mean
+from rayx.experiment import Conclusion
 from rayx.methods.regmix import RegMix, Sweep
 
 
@@ -113,6 +113,6 @@ def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     return method(p, corpus).follow_up_cost()
 
 
-def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> dict[str, Any]:
+def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclusion:
     """Choose, verify, plan and report."""
     return method(p, corpus).conclude(store, sweep, name=f"regmix-{p.target}-{p.seed}")

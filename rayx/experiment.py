@@ -5,7 +5,8 @@ An experiment is a file with
     class Parameters          a frozen dataclass; its fields are what --set may change
     corpus(p) -> Corpus       what to train on
     specs(p, corpus)          the runs of the sweep: pure and seeded
-    analyse(p, corpus, store, sweep)   optional: what follows; sweep(specs) trains further runs
+    analyse(p, corpus, store, sweep)   optional: what follows; sweep(specs) trains further runs;
+                              returns a Conclusion, or None
     follow_up(p, corpus)      optional: specs as costly as those that analyse will ask for,
                               so that --dry-run can count them
 """
@@ -21,7 +22,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rayx.choose import Choice
 from rayx.errors import SpecError, did_you_mean
+from rayx.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What an analysis came to.
+
+    Attributes:
+        choice: The choice.
+        plan: Its plan.
+        verification: As `rayx.verify.compare` returns it, or None.
+        files: What was written, e.g. `plan`, `report` -> place.
+    """
+
+    choice: Choice
+    plan: Plan
+    verification: dict[str, Any] | None
+    files: dict[str, str]
 
 
 def load_experiment(path: str | Path) -> ModuleType:

@@ -40,7 +40,6 @@ from rayx.spec import FORMAT, TrainSpec
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-ALIVE_SECONDS = 30.0  # a heartbeat older than this means that its process is gone
 
 
 def open_store(url: str | os.PathLike, create: bool = False) -> Store:
@@ -213,57 +212,12 @@ class Store:
         """Write a heartbeat: facts and the time."""
         self.write_json(f"{name}.json", {**facts, "time": time.time()})
 
-    def _facts(self, name: str) -> dict[str, Any] | None:
+    def facts(self, name: str) -> dict[str, Any] | None:
         """Return parsed JSON, or None where it is damaged or went while a folder was listed."""
         try:
             return self.read_json(name)
         except (FileNotFoundError, ValueError):
             return None
-
-    def progress(self) -> dict[str, Any]:
-        """Return what the sweeps in this store are doing.
-
-        Returns:
-            `total`, `ok`, `failed`, `running` (runs in live packs), `tokens` (done, with those of
-            live packs), `tokens_total`, `alive` (a driver's heartbeat is fresh), `seconds` (of the
-            latest sweep, up to its last heartbeat), `tokens_before` (recorded before it).
-        """
-        wanted: dict[str, int] = {}
-        alive, latest, seconds, tokens_before = False, 0.0, 0.0, 0
-        now = time.time()
-        for name in self.names("sweeps"):
-            sweep = self._facts(f"sweeps/{name}.json")
-            if sweep is None:
-                continue
-            wanted |= sweep["tokens"]
-            starting = {"state": "starting", "time": sweep["started"]}
-            driver = self._facts(f"drivers/{name}.json") or starting
-            alive |= driver["state"] != "stopped" and now - driver["time"] < ALIVE_SECONDS
-            if sweep["started"] > latest:
-                latest, tokens_before = sweep["started"], sweep["tokens_before"]
-                seconds = max(0.0, driver["time"] - latest)
-        status = {run: state for run, state in self.status().items() if run in wanted}
-        tokens = sum(wanted[run] for run in status)
-        running = 0
-        for name in self.names("heartbeats"):
-            beat = self._facts(f"heartbeats/{name}.json")
-            if beat is None:
-                continue
-            open_runs = [run for run in beat["runs"] if run in wanted and run not in status]
-            if now - beat["time"] < ALIVE_SECONDS:
-                running += len(open_runs)
-                tokens += beat["tokens_per_run"] * len(open_runs)
-        return {
-            "total": len(wanted),
-            "ok": sum(state == "ok" for state in status.values()),
-            "failed": sum(state == "failed" for state in status.values()),
-            "running": running,
-            "tokens": tokens,
-            "tokens_total": sum(wanted.values()),
-            "alive": alive,
-            "seconds": seconds,
-            "tokens_before": tokens_before,
-        }
 
     # Tables -----------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ from pyarrow import fs
 import rayx
 from rayx.errors import StoreError
 from rayx.mixture import Mixture, Schedule
+from rayx.progress import ALIVE_SECONDS, progress
 from rayx.record import Loss
-from rayx.store import ALIVE_SECONDS, Store, open_store
+from rayx.store import Store, open_store
 from tests.samples import SPEC, record, train_spec, two_phases
 
 HERE = Path(__file__).parent
@@ -73,7 +74,7 @@ def test_record_is_read_back_equal(store):
 def test_empty_store_answers_everything(store):
     assert store.status() == {} and store.records() == []
     assert store.runs().empty and store.evals().empty
-    assert store.progress()["total"] == 0
+    assert progress(store)["total"] == 0
     assert store.sql("select count(*) as n from runs")["n"].tolist() == [0]
     assert store.compact() == 0
     assert store.runs().empty and store.evals().empty
@@ -531,7 +532,8 @@ def test_store_is_read_without_ray_or_torch(folder, local):
         f"store = rayx.open({str(folder)!r})\n"
         "assert len(store.runs()) == 1 and len(store.evals()) == 2\n"
         "assert store.sql('select count(*) as n from runs')['n'][0] == 1\n"
-        "store.progress()\n"
+        "from rayx.progress import progress\n"
+        "assert progress(store)['total'] == 0\n"
         "print({'ray', 'torch', 'lightgbm', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -569,9 +571,9 @@ def test_progress_counts_done_failed_and_running(store):
     beat_at(store, "heartbeats/live", now, runs=live, tokens_per_run=1000)
     old = now - ALIVE_SECONDS - 1
     beat_at(store, "heartbeats/stale", old, runs=[specs[4].run_id], tokens_per_run=5000)
-    progress = store.progress()
-    assert progress.pop("seconds") == pytest.approx(60, abs=1)
-    assert progress == {
+    state = progress(store)
+    assert state.pop("seconds") == pytest.approx(60, abs=1)
+    assert state == {
         "total": 6,
         "ok": 1,
         "failed": 1,
@@ -579,7 +581,7 @@ def test_progress_counts_done_failed_and_running(store):
         "tokens": 2 * SPEC.tokens + 2 * 1000,
         "tokens_total": 6 * SPEC.tokens,
         "alive": True,
-        "tokens_before": 7,
+        "new_tokens": 2 * SPEC.tokens + 2 * 1000 - 7,
     }
 
 
@@ -597,7 +599,7 @@ def test_progress_tells_a_live_driver_from_a_dead_one(store, age, state, alive):
     sweep(store, "one", [SPEC], started=now)
     if age is not None:
         beat_at(store, "drivers/one", now - age, state=state)
-    assert store.progress()["alive"] is alive
+    assert progress(store)["alive"] is alive
 
 
 def test_progress_of_two_sweeps_counts_shared_runs_once(store):
@@ -607,9 +609,11 @@ def test_progress_of_two_sweeps_counts_shared_runs_once(store):
     sweep(store, "two", specs[1:], started=now - 100, tokens_before=5)
     beat_at(store, "drivers/one", now - 450, state="stopped")
     beat_at(store, "drivers/two", now, state="running")
-    progress = store.progress()
-    assert progress["total"] == 3 and progress["tokens_before"] == 5 and progress["alive"]
-    assert progress["seconds"] == pytest.approx(100, abs=1)
+    alone = progress(store, "one")
+    assert (alone["total"], alone["alive"]) == (2, False)
+    state = progress(store)
+    assert state["total"] == 3 and state["new_tokens"] == -5 and state["alive"]
+    assert state["seconds"] == pytest.approx(100, abs=1)
 
 
 def test_progress_survives_broken_and_vanishing_heartbeats(local, folder):
@@ -619,8 +623,8 @@ def test_progress_survives_broken_and_vanishing_heartbeats(local, folder):
     (folder / "drivers").mkdir()
     (folder / "drivers" / "one.json").write_text("")
     (folder / "sweeps" / "broken.json").write_text("[")
-    progress = local.progress()
-    assert progress["total"] == 1 and progress["running"] == 1
+    state = progress(local)
+    assert state["total"] == 1 and state["running"] == 1
 
 
 def test_progress_survives_a_pack_that_ends_while_it_is_read(local):
@@ -629,7 +633,7 @@ def test_progress_survives_a_pack_that_ends_while_it_is_read(local):
             return [*super().names(folder), *(["ended"] if folder == "heartbeats" else [])]
 
     sweep(local, "one", [SPEC], started=time.time())
-    assert Listing(local.filesystem, local.root, local.url).progress()["running"] == 0
+    assert progress(Listing(local.filesystem, local.root, local.url))["running"] == 0
 
 
 def test_heartbeat_holds_its_facts_and_the_time(store):

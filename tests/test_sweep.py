@@ -16,6 +16,7 @@ import pytest
 import rayx
 from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
 from rayx.errors import SpecError, SweepError
+from rayx.progress import progress
 from rayx.proxy import train_pack
 from rayx.sweep import Placement, estimate, run_sweep
 from rayx.sweep.packs import PackSearcher, form_packs
@@ -113,7 +114,7 @@ def test_real_sweep_trains_every_run_and_running_again_trains_none(
     more = small_specs(tiny_corpus, 7)
     run_sweep(more, tiny_corpus, store, script, placement=placement)
     assert sorted(script.calls()) == sorted(s.run_id for s in more[5:])
-    state = store.progress()
+    state = progress(store)
     assert (state["total"], state["ok"], state["alive"], state["running"]) == (7, 7, False, 0)
     assert store.names("heartbeats") == []
 
@@ -247,14 +248,14 @@ def test_store_can_be_read_from_another_process_during_a_sweep(tiny_corpus, tmp_
             opened = rayx.open(tmp_path / "store")
         except rayx.RayxError:
             continue
-        state = opened.progress()
+        state = progress(opened)
         count = opened.sql("select count(*) as n from runs")["n"][0]
         if state["alive"]:
             seen.add(int(count))
         time.sleep(0.2)
     assert driver.returncode == 0
     assert any(0 < count < 8 for count in seen), seen
-    assert rayx.open(tmp_path / "store").progress()["alive"] is False
+    assert progress(rayx.open(tmp_path / "store"))["alive"] is False
 
 
 def test_estimate_counts_and_times(tiny_corpus):

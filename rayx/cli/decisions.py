@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table as Grid
 
 from rayx.caps import supply_caps
 from rayx.choose import Choice, Constraints
@@ -24,6 +21,7 @@ from rayx.cli.options import (
     StoreOrNone,
     WeightsOption,
 )
+from rayx.cli.output import grid_of, show_choice, warn, write_text
 from rayx.corpus import Corpus
 from rayx.errors import FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
@@ -76,10 +74,10 @@ def fit(
     result = evaluate_fit(table, test, regressor, seed)
     if as_json:
         return typer.echo(json.dumps(result))
-    _warn(table.warnings)
+    warn(table.warnings)
     columns = ["target", "regressor", "cv spearman", "cv r2"]
     columns += ["test spearman", "test mse", "top-1 regret"] if test else []
-    grid = _grid(*columns)
+    grid = grid_of(*columns)
     for target, found in result["targets"].items():
         row = [target, found["regressor"], *(f"{found['cv'][k]:.4f}" for k in ("spearman", "r2"))]
         row += [f"{value:.4g}" for value in found.get("test", {}).values()]
@@ -145,7 +143,7 @@ def choose(
             kept.write_json(f"plans/{name}.json", plan.to_json())
     if as_json:
         return typer.echo(choice.to_json())
-    _show_choice(choice)
+    show_choice(choice)
 
 
 def plan(
@@ -160,7 +158,7 @@ def plan(
     opened = open_store(store)
     text = json.dumps(opened.read_json(f"plans/{_latest(opened, 'plans', name)}.json"), indent=2)
     if out:
-        _write(out, text)
+        write_text(out, text)
     typer.echo(text)
 
 
@@ -188,10 +186,10 @@ def report(
         else:
             fitted = fit_table(Table.from_frame(largest_scale(runs)))
     except FitError as error:  # too few runs yet: the page says what there is
-        _warn([f"nothing could be fitted: {error}"])
+        warn([f"nothing could be fitted: {error}"])
         fitted = None
     page = render(opened, fitted, choice, verification=found["verifications"], plan=found["plans"])
-    _write(out, page)
+    write_text(out, page)
     typer.echo(out)
 
 
@@ -204,38 +202,3 @@ def _latest(store: Store, folder: str, name: str | None) -> str:
         asked = f"no {name!r}" if name else "more than one or none"
         raise SpecError(f"Store {store.url!r} has {asked} in {folder} ({known}); give --name.")
     return name
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"Cannot write {path!r}: {error}. Give another --out.") from error
-
-
-def _grid(*columns: str) -> Grid:
-    grid = Grid(box=None, pad_edge=False)
-    for column in columns:
-        grid.add_column(
-            column, justify="left" if column in ("target", "regressor", "") else "right"
-        )
-    return grid
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-def _show_choice(choice: Choice) -> None:
-    """Print the chosen shares beside the baselines', and what each is predicted to reach."""
-    grid = _grid("", "choice", *choice.baselines)
-    for domain, share in choice.weights.items():
-        others = (b.weights[domain] for b in choice.baselines.values())
-        grid.add_row(domain, *(f"{w:.3f}" for w in (share, *others)))
-    predicted = [choice.predicted, *(b.predicted for b in choice.baselines.values())]
-    grid.add_row("predicted objective", *(f"{value:.4f}" for value in predicted))
-    Console().print(grid)
-    low, high = choice.interval
-    typer.echo(f"{choice.level:.0%} interval of the choice: {low:.4f} to {high:.4f}")
-    _warn(choice.warnings)

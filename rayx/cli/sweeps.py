@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from rayx.cli.options import JsonOption, StoreArgument
+from rayx.cli.output import show_choice
 from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
+from rayx.progress import progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.store import open_store
 
@@ -92,7 +94,13 @@ def run(
 
     sweep(specs)
     if limit is None and hasattr(module, "analyse"):
-        module.analyse(parameters, corpus, opened, sweep)
+        conclusion = module.analyse(parameters, corpus, opened, sweep)
+        if conclusion:
+            show_choice(conclusion.choice)
+            if conclusion.verification:
+                typer.echo(f"verdict: {conclusion.verification['verdict']}")
+            for what, place in conclusion.files.items():
+                typer.echo(f"{what}: {place}")
     failed = [run_id for run_id, status in statuses.items() if status == "failed"]
     if failed:
         typer.echo(
@@ -107,7 +115,7 @@ def status(store: StoreArgument, as_json: JsonOption = False) -> None:
     Example: `rayx status runs/quickstart`
     """
     opened = open_store(store)
-    state = opened.progress()
+    state = progress(opened)
     failures = {
         record.run_id: record.failure.message
         for record in opened.records(r for r, s in opened.status().items() if s == "failed")
@@ -115,8 +123,6 @@ def status(store: StoreArgument, as_json: JsonOption = False) -> None:
     }
     if as_json:
         return typer.echo(json.dumps({**state, "failures": failures}))
-    from rayx.sweep.progress import progress_line
-
     ended = state["ok"] + state["failed"] == state["total"]
     mode = (
         "running" if state["alive"] else "finished" if ended else "stopped; run it again to go on"

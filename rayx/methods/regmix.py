@@ -14,12 +14,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rayx.candidates import proportional_mixture, regmix_mixtures, uniform_mixture
 from rayx.caps import supply_caps
 from rayx.choose import Choice, Constraints, choose
 from rayx.corpus import Corpus
+from rayx.experiment import Conclusion
 from rayx.fit import FittedTable, Table, fit_table
 from rayx.mixture import Mixture, Schedule
 from rayx.plan import Plan
@@ -126,13 +126,10 @@ class RegMix:
         runs = self.follow_up(dict.fromkeys(arms, uniform))
         return [spec for specs in runs.values() for spec in specs]
 
-    def conclude(self, store: Store, sweep: Sweep, name: str = "regmix") -> dict[str, Any]:
+    def conclude(self, store: Store, sweep: Sweep, name: str = "regmix") -> Conclusion:
         """Decide, verify and write what was decided into the store.
 
         Writes choices/NAME.json, plans/NAME.json, verifications/NAME.json and reports/NAME.html.
-
-        Returns:
-            `choice`, `plan`, `verification` (None without a template) and `report` (its place).
         """
         fitted, choice = self.decide(store)
         store.write_bytes(f"choices/{name}.json", choice.to_json().encode())
@@ -147,9 +144,12 @@ class RegMix:
         store.write_json(f"plans/{name}.json", plan.to_json())
         page = render(store, fitted, choice, verification=verification, plan=plan.to_json())
         store.write_bytes(f"reports/{name}.html", page.encode())
-        return {
-            "choice": choice,
-            "plan": plan,
-            "verification": verification,
-            "report": f"{store.url}/reports/{name}.html",
-        }
+        return Conclusion(
+            choice=choice,
+            plan=plan,
+            verification=verification,
+            files={
+                "plan": f"{store.url}/plans/{name}.json",
+                "report": f"{store.url}/reports/{name}.html",
+            },
+        )

@@ -19,11 +19,12 @@ from ray import tune
 from rayx.corpus import Corpus
 from rayx.errors import SpecError, SweepError
 from rayx.mixture import Schedule, epochs
+from rayx.progress import duration, progress, progress_line
 from rayx.spec import Evaluation, TrainSpec
 from rayx.store import Store
 from rayx.sweep.packs import PackSearcher, form_packs
-from rayx.sweep.progress import Watcher, duration, progress_line
 from rayx.sweep.trial import PackTrial, Surroundings, TrainPack
+from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _train(
             "corpus": corpus.url,
         },
     )
-    watcher = Watcher(store, lambda: store.beat(f"drivers/{sweep_id}", state="running"))
+    watcher = Watcher(store, sweep_id)
     watcher.start()
     surroundings = Surroundings(
         absolute(store.url), absolute(corpus.url), train_pack, git_commit(), missing
@@ -198,7 +199,7 @@ def _train(
         watcher.stop()
         store.beat(f"drivers/{sweep_id}", state="stopped")
         store.compact()
-        state = store.progress()
+        state = progress(store, sweep_id)
         log.info("%s in %s", progress_line(state), duration(state["seconds"]))
         if started_here:
             ray.shutdown()

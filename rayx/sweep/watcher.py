@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rayx.errors import StoreError
+from rayx.progress import progress, progress_line
 from rayx.store import Store
 
 log = logging.getLogger(__name__)
@@ -19,37 +19,13 @@ LOG_SECONDS = 15.0  # between plain lines, where the output is not a terminal
 COMPACT_SECONDS = 60.0
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as `1h02m`, `3m20s` or `12s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
-def progress_line(state: dict) -> str:
-    """Return one line on what `Store.progress` says."""
-    ended = state["ok"] + state["failed"]
-    line = f"{ended}/{state['total']} runs"
-    if state["failed"]:
-        line += f", {state['failed']} failed"
-    new_tokens = state["tokens"] - state["tokens_before"]
-    if new_tokens > 0 and state["seconds"] > 0:
-        rate = new_tokens / state["seconds"]
-        line += f", {rate:,.0f} tokens/s"
-        if ended < state["total"]:
-            line += f", {duration((state['tokens_total'] - state['tokens']) / rate)} left"
-    return line
-
-
 class Watcher(threading.Thread):
     """Writes the driver's heartbeat, shows progress and compacts, until told to stop."""
 
-    def __init__(self, store: Store, heartbeat: Callable[[], None]) -> None:
+    def __init__(self, store: Store, sweep_id: str) -> None:
         super().__init__(daemon=True, name="rayx-progress")
         self.store = store
-        self.heartbeat = heartbeat
+        self.sweep_id = sweep_id
         self._end = threading.Event()
 
     def run(self) -> None:
@@ -63,8 +39,8 @@ class Watcher(threading.Thread):
             while not self._end.wait(pause):
                 began = time.monotonic()
                 try:
-                    self.heartbeat()
-                    state = self.store.progress()
+                    self.store.beat(f"drivers/{self.sweep_id}", state="running")
+                    state = progress(self.store, self.sweep_id)
                     if began - compacted_at > COMPACT_SECONDS:
                         compacted_at = began
                         self.store.compact()

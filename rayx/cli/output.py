@@ -1,0 +1,48 @@
+"""What the commands print: tables, warnings, a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+
+from rayx.choose import Choice
+from rayx.errors import SpecError
+
+
+def write_text(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"Cannot write {path!r}: {error}. Give another --out.") from error
+
+
+def grid_of(*columns: str) -> Grid:
+    grid = Grid(box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(
+            column, justify="left" if column in ("target", "regressor", "") else "right"
+        )
+    return grid
+
+
+def warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def show_choice(choice: Choice) -> None:
+    """Print the chosen shares beside the baselines', and what each is predicted to reach."""
+    grid = grid_of("", "choice", *choice.baselines)
+    for domain, share in choice.weights.items():
+        others = (b.weights[domain] for b in choice.baselines.values())
+        grid.add_row(domain, *(f"{w:.3f}" for w in (share, *others)))
+    predicted = [choice.predicted, *(b.predicted for b in choice.baselines.values())]
+    grid.add_row("predicted objective", *(f"{value:.4f}" for value in predicted))
+    Console().print(grid)
+    low, high = choice.interval
+    typer.echo(f"{choice.level:.0%} interval of the choice: {low:.4f} to {high:.4f}")
+    warn(choice.warnings)
