@@ -28,15 +28,14 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b
 MORE, LESS = "#d55e00", "#0072b2"  # a loss that rises, one that falls
 ACCENT = PALETTE[0]
 STYLE = {
-    "font.size": 10.0,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9.0,
-    "ytick.labelsize": 9.0,
-    "legend.fontsize": 9.0,
+    "font.size": 11.0,
+    "axes.titlesize": 12.0,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": 10.0,
+    "ytick.labelsize": 10.0,
+    "legend.fontsize": 10.0,
     "axes.linewidth": 0.8,
 }
-ARM_NAMES = {"best_random": "best seen", "best_seen": "best seen"}
 Z95 = 1.96  # normal 95% interval in standard deviations
 
 
@@ -47,6 +46,18 @@ def label(name: str, width: int = 22) -> str:
     return name.replace("$", r"\$")
 
 
+def arm_name(arm: str) -> str:
+    """Return the name of an arm or baseline in words."""
+    return {"best_random": "best seen", "best_seen": "best seen"}.get(arm, arm)
+
+
+def arm_color(arm: str) -> str:
+    """Return the colour of an arm of the verification, the same in every figure."""
+    return {"choice": PALETTE[1], "uniform": PALETTE[0], "proportional": PALETTE[2]}.get(
+        arm, PALETTE[3]
+    )
+
+
 def domain_colors(domains: Sequence[str]) -> dict[str, str]:
     """Return domain -> colour by the order given; colours repeat after seven."""
     return {d: PALETTE[i % len(PALETTE)] for i, d in enumerate(domains)}
@@ -54,7 +65,7 @@ def domain_colors(domains: Sequence[str]) -> dict[str, str]:
 
 def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Give axes their title (the finding, wrapped), labels with units, and the quiet look."""
-    chars = max(24, int(axes.get_figure().get_figwidth() * 72 / 5.6))  # type: ignore[union-attr]
+    chars = max(24, int(axes.get_figure().get_figwidth() * 72 / 7.2))  # type: ignore[union-attr]
     wrapped = "\n".join(textwrap.wrap(title, chars))
     axes.set_title(wrapped, loc="left", color=INK, fontsize=STYLE["axes.titlesize"])
     axes.set_xlabel(xlabel, color=MUTED, fontsize=STYLE["axes.labelsize"])
@@ -93,8 +104,8 @@ def mixture_bars(data: pd.DataFrame, axes: Axes, title: str = "Mixture chosen") 
     limit = 1.15 * np.nanmax(shares.drop(columns="cap", errors="ignore").to_numpy())
     if "choice" in data:
         axes.barh(rows, shares["choice"], height=0.62, color=[color[d] for d in domains])
-        for row, share in zip(rows, shares["choice"], strict=True):
-            axes.text(limit * 1.01, row, f"{share:.1f}%", color=INK, va="center", fontsize=9)
+        for row, share in enumerate(shares["choice"]):
+            axes.text(limit * 1.01, row, f"{share:.1f}%", color=INK, va="center", fontsize=10)
     handles, names = [], []
     marks = {"uniform": "o", "proportional": "D", "best_seen": "^"}
     for name, marker in marks.items():
@@ -103,7 +114,7 @@ def mixture_bars(data: pd.DataFrame, axes: Axes, title: str = "Mixture chosen") 
                 shares[name], rows, marker, mfc="none", mec=INK, mew=1.1, ms=5.5, ls="none"
             )
             handles.append(line)
-            names.append(ARM_NAMES.get(name, name))
+            names.append(arm_name(name))
     if "cap" in data and (capped := shares["cap"] <= limit).any():
         axes.vlines(shares["cap"][capped], rows[capped] - 0.42, rows[capped] + 0.42, color=INK)
         handles.append(Line2D([], [], color=INK, marker="|", ls="none", ms=10, mew=1.5))
@@ -115,7 +126,7 @@ def mixture_bars(data: pd.DataFrame, axes: Axes, title: str = "Mixture chosen") 
     axes.grid(False, axis="y")
     if handles:
         # Under the axis label, whatever the figure's height.
-        under = offset_copy(axes.transAxes, axes.get_figure(), y=-34, units="points")
+        under = offset_copy(axes.transAxes, axes.get_figure(root=True), y=-34, units="points")
         where = {"loc": "upper center", "bbox_to_anchor": (0.4, 0), "bbox_transform": under}
         _legend(axes, handles, names, ncols=4, columnspacing=1.0, handletextpad=0.2, **where)
 
@@ -132,7 +143,7 @@ def predicted_measured(data: pd.DataFrame, axes: Axes, name: str = "objective") 
     data = data.dropna(subset=["measured_bpb", "predicted_bpb"])
     x, y = data["measured_bpb"].to_numpy(), data["predicted_bpb"].to_numpy()
     varies = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-    rank = float(spearmanr(x, y)[0]) if varies else float("nan")
+    rank = float(np.asarray(spearmanr(x, y))[0]) if varies else float("nan")
     r2 = 1 - float(np.mean((x - y) ** 2) / np.var(x)) if varies else float("nan")
     both = np.concatenate([x, y])
     span = [both.min(), both.max()] if len(both) else [0.0, 1.0]
@@ -204,8 +215,9 @@ def interaction(data: pd.DataFrame, axes: Axes, step: float = 0.05) -> None:
     axes.set_yticks(range(values.shape[0]), [label(d, 14) for d in data.index])
     axes.set_xticks(range(values.shape[1]), [label(t, 14) for t in data.columns])
     row, column = divmod(int(np.nanargmin(values)), values.shape[1])
-    domain, target = label(data.index[row]), label(data.columns[column])
+    domain, target = label(data.index[row], 14), label(data.columns[column], 14)
     title = f"+{100 * step:.0f} points of {domain} help {target} most"
+    title = title if values[row, column] < 0 else "No domain is predicted to help"
     dress(axes, title, "target (change of its loss, millibits per byte)", "")
     axes.tick_params(axis="x", rotation=40, length=0)
     for tick in axes.get_xticklabels():
@@ -222,16 +234,15 @@ def loss_curves(data: pd.DataFrame, axes: Axes, title: str) -> None:
         title: The finding.
     """
     handles = {}
-    colors = {"choice": PALETTE[1], "uniform": PALETTE[0], "proportional": PALETTE[2]}
     for _, run in data.sort_values("tokens").groupby(["arm", "run_id"]):
         arm = str(run["arm"].iloc[0])
         bold = arm != ""
         (line,) = axes.plot(
             run["tokens"], run["loss_bpb"], lw=2.0 if bold else 0.6, alpha=1.0 if bold else 0.35,
-            color=colors.get(arm, PALETTE[3]) if bold else MUTED, zorder=3 if bold else 1,
+            color=arm_color(arm) if bold else MUTED, zorder=3 if bold else 1,
             marker="o" if run["tokens"].nunique() == 1 else "", ms=3,
         )  # fmt: skip
-        handles.setdefault(ARM_NAMES.get(arm, arm) or "proxies", line)
+        handles.setdefault(arm_name(arm) or "proxies", line)
     dress(axes, title, "training tokens", "loss (bits per byte)")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
@@ -254,11 +265,11 @@ def verification(data: pd.DataFrame, axes: Axes, title: str, seed_sd_bpb: float)
         middle = values_of["choice"].mean()
         axes.axvspan(middle - seed_sd_bpb, middle + seed_sd_bpb, color=PALETTE[1], alpha=0.14, lw=0)
     for row, (arm, values) in enumerate(values_of.items()):
-        color = PALETTE[1] if arm == "choice" else PALETTE[0]
+        color = arm_color(arm)
         axes.plot(values, np.full(len(values), row + 0.2), "o", color=color, ms=4, mew=0, alpha=0.7)
-        half = Z95 * seed_sd_bpb / np.sqrt(len(values))
+        half = Z95 * np.nan_to_num(seed_sd_bpb) / np.sqrt(len(values))
         axes.errorbar(values.mean(), row - 0.1, xerr=half, fmt="D", color=color, ms=5.5, capsize=3)
-    axes.set_yticks(range(len(arms)), [label(ARM_NAMES.get(a, a), 14) for a in arms])
+    axes.set_yticks(range(len(arms)), [label(arm_name(a), 14) for a in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     dress(axes, title, "objective (bits per byte; lower is better)", "")
