@@ -29,8 +29,8 @@ class Parameters:
 
     corpus: str = "data/sample"  # where the sample corpus is, or is built
     proxies: int = 48
-    proxy_tokens: int = 240_000
-    verify_tokens: int = 480_000
+    proxy_tokens: int = 200_000
+    verify_tokens: int = 400_000
     verify_seeds: int = 3
     final_tokens: int = 2_000_000  # of the run that the plan is for
     max_epochs: float = 4.0
@@ -48,20 +48,20 @@ def corpus(p: Parameters) -> Corpus:
 
 
 def method(p: Parameters, corpus: Corpus) -> RegMix:
-    """Return the study: 0.17M-parameter proxies, verified at 0.37M and three times the tokens."""
+    """Return the study: 0.12M-parameter proxies, verified at 0.34M and twice the tokens."""
     proxy = TrainSpec(
         corpus=corpus.fingerprint,
         model=ModelShape(layers=2, width=64, heads=4, ffn_width=192, vocab_size=1024, context=128),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.proxy_tokens),
         optimizer=Optimizer(lr=8e-3, batch_sequences=8),
-        evaluation=Evaluation(points=3, sequences=96),
+        evaluation=Evaluation(points=3, sequences=64),
     )
     larger = dataclasses.replace(
         proxy,
         model=dataclasses.replace(proxy.model, layers=2, width=96, heads=6, ffn_width=288),
         optimizer=Optimizer(lr=4e-3, batch_sequences=8),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.verify_tokens),
-        evaluation=Evaluation(points=4, sequences=192),
+        evaluation=Evaluation(points=3, sequences=128),
     )
     return RegMix(
         corpus=corpus,

@@ -205,7 +205,7 @@ def interaction(data: pd.DataFrame, axes: Axes, step: float = 0.05) -> None:
     most = np.nanmax(np.abs(values)) or 1.0
     # Opacity shows the size, so that zero is the page's own background, light or dark.
     for (row, column), value in np.ndenumerate(values):
-        alpha = 0.0 if np.isnan(value) else 0.85 * abs(value) / most
+        alpha = 0.0 if np.isnan(value) else 0.6 * abs(value) / most
         face = (MORE if value > 0 else LESS, alpha)
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fc=face, ec=GRID, lw=0.5))
         if values.shape[1] <= 16 and not np.isnan(value):

@@ -142,7 +142,9 @@ class RegMix:
             plan = dataclasses.replace(plan, verdict=verification["verdict"])
             store.write_json(f"verifications/{name}.json", verification)
         store.write_json(f"plans/{name}.json", plan.to_json())
-        page = render(store, fitted, choice, verification=verification, plan=plan.to_json())
+        page = render(
+            store, fitted, choice, verification, plan.to_json(), f"rayx: {name}", self.caps
+        )
         store.write_bytes(f"reports/{name}.html", page.encode())
         return Conclusion(
             choice=choice,

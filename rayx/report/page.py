@@ -60,11 +60,11 @@ p.caption { color: var(--muted); font-size: 0.875rem; margin: 0.9rem 0 0; }
 .pair p.caption:first-child { margin-top: 0; }
 .alone { max-width: 34rem; margin-top: 1rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.32rem 0.9rem 0.32rem 0; text-align: left; vertical-align: top;
+th, td { padding: 0.32rem 0.8rem 0.32rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 thead th { color: var(--muted); font-weight: 500; font-size: 0.8125rem; vertical-align: bottom; }
 tbody th { font-weight: 500; max-width: 16rem; overflow-wrap: break-word; min-width: 5.5rem; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 td.t { overflow-wrap: break-word; max-width: 34rem; }
 td b { font-weight: 680; }
 .dot { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px;

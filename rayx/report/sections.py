@@ -154,8 +154,24 @@ def mixture(evidence: Evidence) -> Html:
         "prediction hardly cares.",
         "note",
     )
-    body = f'<div class="pair">{figures.mixture(evidence)}<div>{table(caption, head, rows)}{note}'
-    return Html(body + "</div></div>")
+    side = f"{figures.mixture(evidence)}<div>{baselines(evidence)}</div>"
+    return Html(f'<div class="pair">{side}</div>{table(caption, head, rows)}{note}')
+
+
+def baselines(evidence: Evidence) -> Html:
+    """Predicted objective of the choice and of what it is compared with."""
+    choice = evidence.choice
+    assert choice is not None
+    low, high = choice.interval
+    rows = [["choice", f"{choice.predicted:.4f}", "", f"run: {low:.4f} to {high:.4f}"]]
+    for name, baseline in choice.baselines.items():
+        low, high = baseline.regret_interval
+        value, gain = f"{baseline.predicted:.4f}", f"{baseline.regret:+.4f}"
+        rows.append([arm_name(name), value, gain, f"{low:+.4f} to {high:+.4f}"])
+    head = ["mixture", "objective", "gain of the choice", f"{choice.level:.0%} interval"]
+    far = f"The nearest run is at L1 distance {choice.distance:.3f}; runs lie "
+    far += f"{choice.usual_distance:.3f} from each other. Intervals are those of single runs."
+    return Html(table("Predicted at proxy scale (bpb)", head, rows) + paragraph(far, "note"))
 
 
 def verification(evidence: Evidence) -> Html:
@@ -180,7 +196,7 @@ def verification(evidence: Evidence) -> Html:
                 f"{predicted.regret:+.4f}" if predicted else "–",
             ]
         )
-    head = ["against", "gain (bpb)", "s.e.", "seeds won", "predicted at proxy scale"]
+    head = ["against", "gain (bpb)", "s.e.", "seeds won", "predicted by proxies"]
     gains = table("Gain of the choice, paired by seed; positive is better", head, rows)
     targets = list(checked["arms"]["choice"]["targets"])
     by_target = table(

@@ -49,7 +49,8 @@ def _inline(svg: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
     used = set(_REFERENCE.findall(svg))
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    # Inside tags only: numbers between them are the figure's text.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0]), svg)
     for color, variable in _THEME.items():
         svg = svg.replace(color, variable)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)  # text takes the page's font
