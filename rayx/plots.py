@@ -10,6 +10,7 @@ Domains keep one colour each, fixed by the order in which the corpus names them.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -66,7 +67,8 @@ def domain_colors(domains: Sequence[str]) -> dict[str, str]:
 def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Give axes their title (the finding, wrapped), labels with units, and the quiet look."""
     chars = max(24, int(axes.get_figure().get_figwidth() * 72 / 7.2))  # type: ignore[union-attr]
-    wrapped = "\n".join(textwrap.wrap(title, chars))
+    plain = re.sub(r"(?<!\\)\$", r"\$", title)  # a dollar in a name is no formula
+    wrapped = "\n".join(textwrap.wrap(plain, chars))
     axes.set_title(wrapped, loc="left", color=INK, fontsize=STYLE["axes.titlesize"])
     axes.set_xlabel(xlabel, color=MUTED, fontsize=STYLE["axes.labelsize"])
     axes.set_ylabel(ylabel, color=MUTED, fontsize=STYLE["axes.labelsize"])

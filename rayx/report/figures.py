@@ -15,9 +15,11 @@ def mixture(evidence: Evidence) -> Html:
     """Bars of the choice, with the baselines and caps as marks."""
     data = evidence.mixtures()
     change = (data["choice"] - data["proportional"]).sort_values()
-    up = [d for d in change.index[::-1] if change[d] >= 0.01]
-    down = [d for d in change.index if change[d] <= -0.01]
-    title = f"More {listed(up, 2)}; less {listed(down, 2)}" if up and down else "As there is"
+    up = [plots.label(d) for d in change.index[::-1] if change[d] >= 0.01]
+    down = [plots.label(d) for d in change.index if change[d] <= -0.01]
+    title = "As the tokens there are"
+    if up and down:
+        title = f"More {listed(up, 2)}; less {listed(down, 2)}"
     svg = draw(
         lambda axes: plots.mixture_bars(data, axes, title),
         "mixture",
