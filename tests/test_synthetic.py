@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import rayx
+from rayx.choose import Constraints, choose
 from rayx.errors import ChoiceError, SpecError
+from rayx.fit import Table, fit_table
 from rayx.mixture import Mixture
 from rayx.synthetic import World
 
@@ -113,3 +115,29 @@ def test_fill_store_reads_back_losses_failures_and_epochs(tmp_path):
     np.testing.assert_allclose(
         passes * list(world.supply.values()), weights * specs[0].tokens, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pipeline_choice_is_near_the_optimum_and_better_than_the_best_run_seen(tmp_path, seed):
+    world = World.random(4, 2, seed=seed, noise_sd=0.004)
+    objective = {world.targets[0]: 0.5, world.targets[1]: 0.5}
+    caps = {world.domains[0]: 0.35}
+    weights_RK = np.random.default_rng(seed).dirichlet(np.ones(4), 64)
+    specs = [world.spec(Mixture.from_array(w, world.domains), 400_000) for w in weights_RK]
+    store = rayx.open(tmp_path / "store", create=True)
+    world.fill(store, specs)
+    fitted = fit_table(Table.from_frame(store.runs()), "auto", seed=seed)
+    constraints = Constraints.by_name(fitted.table.domains, caps=caps)
+    choice = choose(fitted, objective, world.supply, constraints, seed=seed, num_candidates=20_000)
+
+    def objective_bpb(mixture):
+        weights_1K = Mixture(mixture).to_array(world.domains)[None]
+        return float(world.loss(weights_1K, specs[0].model.params, 400_000).mean())
+
+    best = objective_bpb(world.optimum(objective, caps))
+    regret = objective_bpb(choice.weights) - best
+    regret_seen = objective_bpb(choice.baselines["best_seen"].weights) - best
+    assert choice.weights[world.domains[0]] <= 0.35 + 1e-9
+    # Half of a run's noise; the exact number is not the point.
+    assert -1e-6 <= regret < 0.002 < objective_bpb(Mixture.uniform(world.domains)) - best
+    assert regret < regret_seen

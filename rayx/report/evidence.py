@@ -174,7 +174,7 @@ class Evidence:
             for arm, entry in reversed(list((self.verification or {}).get("arms", {}).items()))
             for run in entry["run_ids"]
         }
-        frame["arm"] = frame["run_id"].map(arm_of).fillna("")
+        frame["arm"] = [arm_of.get(run, "") for run in frame["run_id"]]
         scale = self.runs.set_index("run_id")
         frame["params"] = frame["run_id"].map(scale["params"])
         frame["end"] = frame["run_id"].map(scale["tokens"])

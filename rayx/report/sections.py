@@ -142,7 +142,7 @@ def mixture(evidence: Evidence) -> Html:
         row += [Html(f"<b>{percent(data['choice'][domain])}</b>")]
         row += [f"± {percent(evidence.choice.spread[domain])}"]
         row += [percent(data[c][domain]) for c in others]
-        row += [percent(data["cap"][domain])] * ("cap" in data)
+        row += [percent(data["cap"][domain])] if "cap" in data else []
         if supply:
             row += [short_count(supply[domain]), f"{passes.get(domain, 0.0):.2f}"]
         rows.append(row)
