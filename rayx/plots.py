@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import offset_copy
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 
 INK, MUTED, GRID = "#1b1c1e", "#6b7078", "#dcdfe4"
 # Okabe and Ito 2008, without black (ink) and with yellow darkened to show on white.
@@ -262,6 +262,7 @@ def verification(data: pd.DataFrame, axes: Axes, title: str, seed_sd_bpb: float)
         seed_sd_bpb: Standard deviation between seeds of one mixture; a band around the choice.
     """
     arms = list(dict.fromkeys(data["arm"]))
+    reach = t.ppf(0.975, max(1, len(data) - len(arms)))  # the noise is pooled over arms
     values_of = {a: data.loc[data["arm"] == a, "objective_bpb"].to_numpy() for a in arms}
     if "choice" in arms and np.isfinite(seed_sd_bpb):
         middle = values_of["choice"].mean()
@@ -269,7 +270,7 @@ def verification(data: pd.DataFrame, axes: Axes, title: str, seed_sd_bpb: float)
     for row, (arm, values) in enumerate(values_of.items()):
         color = arm_color(arm)
         axes.plot(values, np.full(len(values), row + 0.2), "o", color=color, ms=4, mew=0, alpha=0.7)
-        half = Z95 * np.nan_to_num(seed_sd_bpb) / np.sqrt(len(values))
+        half = reach * np.nan_to_num(seed_sd_bpb) / np.sqrt(len(values))
         axes.errorbar(values.mean(), row - 0.1, xerr=half, fmt="D", color=color, ms=5.5, capsize=3)
     axes.set_yticks(range(len(arms)), [label(arm_name(a), 14) for a in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)

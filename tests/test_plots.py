@@ -139,7 +139,7 @@ def test_verification_shows_each_seed_the_mean_and_its_interval():
     axes = axes_of(lambda a: plots.verification(data, a, "title", 0.5))
     assert {tuple(line.get_xdata()) for line in axes.lines} >= {(0, 1, 2, 3), (1.5,), (5.5,)}
     ends = axes.containers[0][2][0].get_segments()[0][:, 0]
-    assert ends == pytest.approx([1.5 - 1.96 * 0.25, 1.5 + 1.96 * 0.25])
+    assert ends == pytest.approx([1.5 - 2.4469 * 0.25, 1.5 + 2.4469 * 0.25], rel=1e-4)
     without_noise = axes_of(lambda a: plots.verification(data, a, "title", float("nan")))
     assert len(without_noise.lines) == len(axes.lines)
 

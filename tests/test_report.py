@@ -202,12 +202,12 @@ def test_page_states_what_was_decided_and_measured(inputs, page_text):
     ("differences", "words"),
     [
         ((-0.1, -0.05), "Confirmed"),
-        ((-0.1, -0.001), "Partly confirmed: a clear win over 1 of 2"),
+        ((-0.1, -0.03), "Partly confirmed: a clear win over 1 of 2"),
         ((-0.1, 0.1), "Not confirmed: clearly worse than 1 of 2"),
         ((0.001, -0.001), "Not confirmed: every difference is within the noise"),
     ],
 )
-def test_verdict_follows_the_differences_and_their_noise(inputs, differences, words):
+def test_verdict_follows_the_differences_and_their_t_intervals(inputs, differences, words):
     checked = {**inputs["verification"]}
     checked["comparisons"] = {
         arm: {"difference_bpb": d, "stderr_bpb": 0.01, "seeds_won": 1, "seeds": 3}

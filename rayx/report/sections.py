@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from rayx.mixture import epochs
 from rayx.plots import PALETTE, arm_name, short_count
@@ -88,12 +89,15 @@ def verdict(evidence: Evidence) -> Html:
 def confirmation(evidence: Evidence) -> tuple[str, str]:
     """Return the outcome of the verification in words, and its class on the page.
 
-    A difference counts when it exceeds twice its standard error over seeds.
+    A difference counts when it is outside its 95% t interval over seeds.
     """
     if not evidence.verification:
         return "Not verified", "bad"
     results = evidence.verification["comparisons"].values()
-    errors = [2 * (r["stderr_bpb"] or np.inf) for r in results]
+    errors = [
+        t.ppf(0.975, r["seeds"] - 1) * r["stderr_bpb"] if r["stderr_bpb"] is not None else np.inf
+        for r in results
+    ]
     differences = [r["difference_bpb"] for r in results]
     won = sum(d < -e for d, e in zip(differences, errors, strict=True))
     lost = sum(d > e for d, e in zip(differences, errors, strict=True))
@@ -203,8 +207,11 @@ def verification(evidence: Evidence) -> Html:
         "Mean loss by target (bpb)",
         ["target", *map(arm_name, checked["arms"])],
         [
-            [t, *(f"{np.mean(arm['targets'][t]):.4f}" for arm in checked["arms"].values())]
-            for t in targets
+            [
+                target,
+                *(f"{np.mean(arm['targets'][target]):.4f}" for arm in checked["arms"].values()),
+            ]
+            for target in targets
         ],
     )
     scale = (
