@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,7 +141,7 @@ def choose(
         mixtures over a bound are moved to it instead of rejected.
     """
     table = fitted.table
-    objective = _checked_objective(fitted, objective)
+    objective = normalised_objective(objective, table.targets)
     prior_K = _checked_prior(prior, table.domains)
     constraints = constraints or Constraints.none(table.domains)
     if constraints.domains != table.domains:
@@ -257,21 +257,28 @@ def simulate(prior_K: np.ndarray, num_mixtures: int, rng: np.random.Generator) -
     )
 
 
-def _checked_objective(fitted: FittedTable, objective: Mapping[str, float]) -> dict[str, float]:
-    known = fitted.table.targets
+def normalised_objective(
+    objective: Mapping[str, float], targets: Sequence[str]
+) -> dict[str, float]:
+    """Return the objective with weights that add up to 1.
+
+    Raises:
+        ChoiceError: It is empty, names a target that is not among `targets`, or a weight is not a
+            finite number > 0.
+    """
     if not objective:
-        raise ChoiceError(f"The objective names no target; the table has {', '.join(known)}.")
+        raise ChoiceError(f"The objective names no target; there are {', '.join(targets)}.")
     for target, weight in objective.items():
-        if target not in known:
+        if target not in targets:
             raise ChoiceError(
-                f"The objective has target {target!r}; the table has {', '.join(known)}."
-                f"{did_you_mean(target, known)}"
+                f"The objective has target {target!r}; there are {', '.join(targets)}."
+                f"{did_you_mean(target, targets)}"
             )
         if not (np.isfinite(weight) and weight > 0):
             raise ChoiceError(
                 f"The objective's weight of {target!r} is {weight}; expected more than 0."
             )
-    return fitted.normalised(objective)
+    return {target: weight / sum(objective.values()) for target, weight in objective.items()}
 
 
 def _checked_prior(prior: Mapping[str, float], domains: tuple[str, ...]) -> np.ndarray:

@@ -85,9 +85,11 @@ def compare(
             "targets": {t: [by_target[t] for by_target in losses] for t in losses[0]},
         }
     template = arms[CHOICE][0]
-    spread = [np.var(a["objective_bpb"], ddof=1) for a in result.values()]
     seeds = len(arms[CHOICE])
-    seed_sd = math.sqrt(float(np.mean(spread))) if seeds > 1 else math.nan
+    seed_sd = math.nan
+    if seeds > 1:
+        variances = [np.var(values["objective_bpb"], ddof=1) for values in result.values()]
+        seed_sd = math.sqrt(float(np.mean(variances)))
     comparisons = {}
     for arm, values in result.items():
         if arm == CHOICE:

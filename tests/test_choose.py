@@ -286,7 +286,7 @@ def test_choose_gain_within_its_interval_is_said():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"objective": {"xx": 1}}, "target 'xx'; the table has x, y, z"),
+        ({"objective": {"xx": 1}}, "target 'xx'; there are x, y, z"),
         ({"objective": {"x": -1}}, "weight of 'x' is -1; expected more than 0"),
         ({"objective": {}}, "names no target"),
         ({"prior": {"web": 1}}, "no domain 'books'"),

@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def fenced(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    return [text for tag, text in blocks if tag == language]
 
 
 def test_the_synthetic_example_prints_what_readme_shows():
@@ -54,21 +55,11 @@ def test_options_in_readme_exist():
 
 def test_layout_names_what_is_on_disk():
     tree = next(block for block in fenced("") if "Makefile  pyproject.toml" in block)
-    area, named = ROOT, set()
-    for line in tree.splitlines():
-        if re.match(r"\S+/ ", line) or re.fullmatch(r"\S+/", line.strip()) and line[0] != " ":
-            area = ROOT / line.split()[0]
-            assert area.is_dir(), line
-            words = line.split()[1:]
-        else:
-            words = line.strip().split("   ")[0].split()
-        for word in words:
-            if re.fullmatch(r"[\w.]+(\.(py|md|txt|toml|yaml)|/\w*)|Makefile|LICENSE", word):
-                base = area if line[0] in " " or area != ROOT else ROOT
-                assert (base / word).exists() or (ROOT / word).exists(), word
-                named.add(word.strip("/"))
+    named = set(re.findall(r"[\w.]+(?:\.(?:py|md|txt|toml|yaml)|/)", tree))
+    on_disk = {p.name for p in ROOT.glob("*")} | {p.name for p in ROOT.glob("*/*")}
+    assert {name.strip("/") for name in named} <= on_disk
     modules = {p.name for p in (ROOT / "rayx").glob("*.py")} - {"__init__.py", "__main__.py"}
-    packages = {p.parent.name for p in (ROOT / "rayx").glob("*/__init__.py")}
+    packages = {p.parent.name + "/" for p in (ROOT / "rayx").glob("*/__init__.py")}
     assert modules | packages <= named
 
 

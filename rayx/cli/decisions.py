@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from rayx.caps import supply_caps
-from rayx.choose import Choice, Constraints
+from rayx.choose import Choice, Constraints, normalised_objective
 from rayx.choose import choose as choose_mixture
 from rayx.cli.options import (
     JsonOption,
@@ -21,7 +21,7 @@ from rayx.cli.options import (
     StoreOrNone,
     WeightsOption,
 )
-from rayx.cli.output import grid_of, show_choice, warn, write_text
+from rayx.cli.output import check_folder, grid_of, show_choice, warn, write_text
 from rayx.corpus import Corpus
 from rayx.errors import FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
@@ -39,7 +39,7 @@ def _table(store: str | None, weights: str | None, losses: str | None) -> Table:
     raise SpecError("Give a STORE, or --weights and --losses; not both and not one of the two.")
 
 
-def _numbers(option: str, text: str) -> dict[str, float]:
+def parse_numbers(option: str, text: str) -> dict[str, float]:
     """Parse `name=number,name=number`."""
     result = {}
     for part in text.split(","):
@@ -116,7 +116,7 @@ def choose(
     if (corpus is None) != (tokens is None):
         raise SpecError("--corpus and --tokens go together: caps are epochs * supply / tokens.")
     table = _table(store, weights, losses)
-    limits = _numbers("--caps", caps) if caps else {}
+    limits = parse_numbers("--caps", caps) if caps else {}
     supply: dict[str, float] = dict.fromkeys(table.domains, 1.0)
     opened = Corpus.load(corpus) if corpus else None
     if opened is not None and tokens is not None:
@@ -126,15 +126,17 @@ def choose(
         supply = {d: float(opened.tokens[d]) for d in table.domains}
         for domain, cap in supply_caps(supply, tokens, max_epochs).items():
             limits[domain] = min(cap, limits.get(domain, 1.0))
-    choice = choose_mixture(
-        fit_table(table, regressor, seed=seed),
-        _numbers("--objective", objective) if objective else dict.fromkeys(table.targets, 1.0),
-        _numbers("--prior", prior) if prior else supply,
-        Constraints.by_name(
-            table.domains, _numbers("--floors", floors) if floors else None, limits
-        ),
-        seed=seed,
+    # All that can be wrong is found before the time of the fit is spent.
+    constraints = Constraints.by_name(
+        table.domains, parse_numbers("--floors", floors) if floors else None, limits
     )
+    goal = (
+        parse_numbers("--objective", objective) if objective else dict.fromkeys(table.targets, 1.0)
+    )
+    goal = normalised_objective(goal, table.targets)
+    centre = parse_numbers("--prior", prior) if prior else supply
+    fitted = fit_table(table, regressor, seed=seed)
+    choice = choose_mixture(fitted, goal, centre, constraints, seed=seed)
     if store:
         kept = open_store(store)
         kept.write_bytes(f"choices/{name}.json", choice.to_json().encode())
@@ -172,6 +174,7 @@ def report(
     Example: `rayx report runs/quickstart --out report.html`
     """
     opened = open_store(store)
+    check_folder(out)
     found: dict[str, dict | None] = {}
     for folder in ("choices", "verifications", "plans"):
         names = opened.names(folder)

@@ -13,7 +13,14 @@ from rayx.choose import Choice
 from rayx.errors import SpecError
 
 
+def check_folder(path: str) -> None:
+    """Raise SpecError where the folder that a file is to be written to does not exist."""
+    if not Path(path).absolute().parent.is_dir():
+        raise SpecError(f"Cannot write {path!r}: its folder does not exist. Give another --out.")
+
+
 def write_text(path: str, text: str) -> None:
+    """Write a file that the user asked for."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -21,6 +28,7 @@ def write_text(path: str, text: str) -> None:
 
 
 def grid_of(*columns: str) -> Grid:
+    """Return an empty table; names on the left, numbers on the right."""
     grid = Grid(box=None, pad_edge=False)
     for column in columns:
         grid.add_column(
@@ -30,6 +38,7 @@ def grid_of(*columns: str) -> Grid:
 
 
 def warn(warnings: Sequence[str]) -> None:
+    """Print warnings on standard error."""
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
 
