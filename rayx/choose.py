@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from rayx.errors import ChoiceError, did_you_mean
 from rayx.fit.constraints import Constraints, capped
-from rayx.fit.fitted import FittedTable
+from rayx.fit.fitted import FittedTable, normalised_objective
 
 __all__ = ["Baseline", "Choice", "Constraints", "capped", "choose", "simulate"]
 
@@ -133,8 +133,9 @@ def choose(
         level: Level of the intervals.
 
     Raises:
-        ChoiceError: Unknown target or domain, a weight that is not positive, other domains in the
-            constraints than in the table, or numbers out of range.
+        FitError: The objective is not one for this table.
+        ChoiceError: Unknown domain, other domains in the constraints than in the table, or numbers
+            out of range.
 
     Source: Liu et al. 2024, arXiv:2407.01492, section 3.3 and the released code.
     Differs: half of the candidates are around the tempered prior, as RegMix draws its proxies;
@@ -255,30 +256,6 @@ def simulate(prior_K: np.ndarray, num_mixtures: int, rng: np.random.Generator) -
             for concentration_K, count in zip(concentrations, counts, strict=True)
         ]
     )
-
-
-def normalised_objective(
-    objective: Mapping[str, float], targets: Sequence[str]
-) -> dict[str, float]:
-    """Return the objective with weights that add up to 1.
-
-    Raises:
-        ChoiceError: It is empty, names a target that is not among `targets`, or a weight is not a
-            finite number > 0.
-    """
-    if not objective:
-        raise ChoiceError(f"The objective names no target; there are {', '.join(targets)}.")
-    for target, weight in objective.items():
-        if target not in targets:
-            raise ChoiceError(
-                f"The objective has target {target!r}; there are {', '.join(targets)}."
-                f"{did_you_mean(target, targets)}"
-            )
-        if not (np.isfinite(weight) and weight > 0):
-            raise ChoiceError(
-                f"The objective's weight of {target!r} is {weight}; expected more than 0."
-            )
-    return {target: weight / sum(objective.values()) for target, weight in objective.items()}
 
 
 def _checked_prior(prior: Mapping[str, float], domains: tuple[str, ...]) -> np.ndarray:

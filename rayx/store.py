@@ -138,6 +138,10 @@ class Store:
         """Return parsed JSON; FileNotFoundError or ValueError where it is missing or broken."""
         return json.loads(self.read_bytes(name))
 
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.filesystem.get_file_info(self._path(name)).type == fs.FileType.File
+
     def remove(self, name: str) -> None:
         """Delete a file."""
         self.filesystem.delete_file(self._path(name))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from rayx.caps import cap_weights
 from rayx.choose import Choice, Constraints, capped, choose, simulate
-from rayx.errors import ChoiceError
+from rayx.errors import ChoiceError, RayxError
 from rayx.fit import Table, fit_table
 
 DOMAINS: tuple[str, ...] = ("books", "code", "math", "news", "web", "wiki")
@@ -300,5 +300,5 @@ def test_choose_gain_within_its_interval_is_said():
 def test_choose_wrong_arguments_are_named(case, change, words):
     fitted, prior, bounds, _ = case
     arguments = {"objective": OBJECTIVE, "prior": prior, "constraints": bounds} | change
-    with pytest.raises(ChoiceError, match=words):
+    with pytest.raises(RayxError, match=words):
         choose(fitted, seed=0, num_candidates=100, **{"top_k": 10} | arguments)

@@ -74,7 +74,7 @@ def trivial_pack(specs, corpus, *, pack_id, commit, device, on_progress) -> list
 
 
 def measure(runs: int, tokens: int, trivial: int) -> dict:
-    """Return the figures."""
+    """Measure what a sweep costs over the bare training loop, and return the figures."""
     quickstart = load_experiment(QUICKSTART)
     parameters = quickstart.Parameters(proxies=max(runs, 16), proxy_tokens=tokens)
     corpus = quickstart.corpus(parameters)
@@ -123,7 +123,7 @@ def measure(runs: int, tokens: int, trivial: int) -> dict:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=measure.__doc__)
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=240_000)
     parser.add_argument("--trivial", type=int, default=128)

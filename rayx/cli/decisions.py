@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from rayx.caps import supply_caps
-from rayx.choose import Choice, Constraints, normalised_objective
+from rayx.choose import Choice, Constraints
 from rayx.choose import choose as choose_mixture
 from rayx.cli.options import (
     JsonOption,
@@ -24,7 +24,7 @@ from rayx.cli.options import (
 from rayx.cli.output import check_folder, grid_of, show_choice, warn, write_text
 from rayx.corpus import Corpus
 from rayx.errors import FitError, SpecError
-from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
+from rayx.fit import Table, evaluate_fit, fit_table, largest_scale, normalised_objective
 from rayx.plan import Plan
 from rayx.report import render
 from rayx.store import Store, open_store
@@ -184,7 +184,7 @@ def report(
     choice = Choice.from_json(json.dumps(found["choices"])) if found["choices"] else None
     try:
         if found["plans"]:
-            runs = runs[runs["run_id"].isin(found["plans"]["provenance"]["run_ids"])]
+            runs = runs.loc[runs["run_id"].isin(found["plans"]["provenance"]["run_ids"])]
             fitted = fit_table(Table.from_frame(runs))
         else:
             fitted = fit_table(Table.from_frame(largest_scale(runs)))

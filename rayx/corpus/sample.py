@@ -32,7 +32,7 @@ import sysconfig
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -270,9 +270,14 @@ def _docs(rng: random.Random) -> Texts:
                     yield "/".join(file.parts[-3:]), inspect.cleandoc(doc)
 
 
+def _description(package: str) -> str:
+    _, _, text = (distribution(package).read_text("METADATA") or "").partition("\n\n")
+    return text
+
+
 def _readmes(rng: random.Random) -> Texts:
     for name in README_PACKAGES:
-        yield from _pieces(name, metadata(name).get_payload() or "")
+        yield from _pieces(name, _description(name))
 
 
 _READERS: dict[str, Callable[[random.Random], Texts]] = {

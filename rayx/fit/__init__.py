@@ -3,7 +3,7 @@
 from rayx.fit.auto import fit_table, regressors
 from rayx.fit.boosted_trees import LightGBM
 from rayx.fit.evaluate import evaluate_fit, score
-from rayx.fit.fitted import FittedTable
+from rayx.fit.fitted import FittedTable, normalised_objective
 from rayx.fit.gaussian_process import GaussianProcess
 from rayx.fit.inverse_power import InversePower
 from rayx.fit.linear import Mean, Ridge
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_fit",
     "fit_table",
     "largest_scale",
+    "normalised_objective",
     "regressors",
     "score",
 ]

@@ -10,8 +10,7 @@ Shapes: R runs, K domains, M mixtures to predict, T targets.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -111,7 +110,7 @@ class FittedTable:
             FitError: An unknown target, or a weight that is not positive.
         """
         weights_MK = self._checked(weights_MK)
-        shares = self.normalised(targets)
+        shares = normalised_objective(targets, self.table.targets)
         value_M = np.zeros(len(weights_MK))
         for target, share in shares.items():
             value_M += share * self.models[target].predict_all(weights_MK)
@@ -124,7 +123,7 @@ class FittedTable:
         self, weights_MK: np.ndarray, targets: Mapping[str, float], level: float = 0.9
     ) -> tuple[np.ndarray, np.ndarray]:
         """Interval for the objective of one more run of each mixture: (low_M, high_M)."""
-        shares = self.normalised(targets)
+        shares = normalised_objective(targets, self.table.targets)
         value_M = self.objective(weights_MK, shares)
         reach = _quantile(np.abs(self._objective_residuals(shares)), level)
         half_M = reach * self._inflation(weights_MK, shares)
@@ -142,7 +141,7 @@ class FittedTable:
         The interval is that of the difference of two runs, from the out-of-fold residuals of pairs
         of rows. It is wide for neighbours, whose model errors are alike.
         """
-        shares = self.normalised(targets)
+        shares = normalised_objective(targets, self.table.targets)
         both_MK = np.stack([weights_K, other_K])
         value, other = self.objective(both_MK, shares)
         residual_R = self._objective_residuals(shares)
@@ -151,23 +150,6 @@ class FittedTable:
         gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
         half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
         return float(value - other), float(value - other - half), float(value - other + half)
-
-    def normalised(self, targets: Mapping[str, float]) -> dict[str, float]:
-        """The objective's weights, checked and summing to 1."""
-        if not targets:
-            raise FitError("The objective names no target; expected target -> weight.")
-        for target, weight in targets.items():
-            if target not in self.models:
-                raise FitError(
-                    f"The objective has target {target!r}, which was not fitted "
-                    f"({', '.join(self.table.targets)}).{did_you_mean(target, self.table.targets)}"
-                )
-            if not (math.isfinite(weight) and weight > 0):
-                raise FitError(
-                    f"The objective's weight of {target!r} is {weight}; expected more than 0."
-                )
-        total = sum(targets.values())
-        return {target: weight / total for target, weight in targets.items()}
 
     def _objective_residuals(self, shares: Mapping[str, float]) -> np.ndarray:
         """Out-of-fold residuals of the weighted sum, on rows that have all its targets."""
@@ -206,3 +188,27 @@ def _quantile(gaps: np.ndarray, level: float) -> float:
         raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
     raised = min(1.0, level * (len(gaps) + 1) / len(gaps))
     return float(np.quantile(gaps, raised, method="higher"))
+
+
+def normalised_objective(
+    objective: Mapping[str, float], targets: Sequence[str]
+) -> dict[str, float]:
+    """Return the objective with weights that add up to 1.
+
+    Raises:
+        FitError: It is empty, names a target that is not among `targets`, or a weight is not a
+            finite number > 0.
+    """
+    if not objective:
+        raise FitError(f"The objective names no target; there are {', '.join(targets)}.")
+    for target, weight in objective.items():
+        if target not in targets:
+            raise FitError(
+                f"The objective has target {target!r}; there are {', '.join(targets)}."
+                f"{did_you_mean(target, targets)}"
+            )
+        if not (np.isfinite(weight) and weight > 0):
+            raise FitError(
+                f"The objective's weight of {target!r} is {weight}; expected more than 0."
+            )
+    return {target: weight / sum(objective.values()) for target, weight in objective.items()}

@@ -96,7 +96,7 @@ class RegMix:
         """Fit the proxies' records and choose."""
         wanted = {spec.run_id for spec in self.specs()}
         runs = store.runs()
-        table = Table.from_frame(runs[runs["run_id"].isin(wanted)])
+        table = Table.from_frame(runs.loc[runs["run_id"].isin(wanted)])
         fitted = fit_table(table, self.regressor, seed=self.seed)
         caps = {d: cap for d, cap in self.caps.items() if d in table.domains}
         prior = {d: self.corpus.tokens[d] for d in table.domains}

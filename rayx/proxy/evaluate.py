@@ -56,7 +56,7 @@ def held_out(corpus: Corpus, context: int, sequences: int, device: torch.device)
 
 @torch.no_grad()
 def evaluate(
-    parameters: Mapping[str, Tensor],
+    parameters: dict[str, Tensor],
     shape: ModelShape,
     rotary: Rotary,
     targets: Mapping[str, HeldOut],

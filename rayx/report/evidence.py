@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from rayx.choose import Choice
-from rayx.fit.fitted import FittedTable
+from rayx.fit.fitted import FittedTable, normalised_objective
 from rayx.store import Store
 
 STEP = 0.05  # share added to a domain in the interaction map
@@ -87,7 +87,7 @@ class Evidence:
         """Measured objective of the runs fitted; NaN where a target is missing."""
         assert self.fitted is not None
         table = self.fitted.table
-        shares = self.fitted.normalised(self.objective)
+        shares = normalised_objective(self.objective, self.fitted.table.targets)
         columns = [table.targets.index(target) for target in shares]
         return table.losses_RM[:, columns] @ np.array(list(shares.values()))
 
@@ -95,7 +95,7 @@ class Evidence:
         """Objective and targets -> measured_bpb, predicted_bpb and std_bpb by run."""
         assert self.fitted is not None
         fitted, table = self.fitted, self.fitted.table
-        shares = fitted.normalised(self.objective)
+        shares = normalised_objective(self.objective, table.targets)
         columns = [table.targets.index(target) for target in shares]
         predicted = fitted.oof_RT[:, columns] @ np.array(list(shares.values()))
         std = fitted.objective(table.weights_RK, shares, std=True)[1]

@@ -54,7 +54,9 @@ class PackSearcher(Searcher):
         self._on_complete = on_complete
         self._trials: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(  # pyright: ignore[reportIncompatibleMethodOverride]: Tune takes FINISHED, a str
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
         """Return the next pack; None while running trials may still add some; or FINISHED."""
         if self._waiting:
             self._trials[trial_id] = self._waiting.popleft()

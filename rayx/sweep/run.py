@@ -140,9 +140,9 @@ def run_sweep(
     lost = [spec.run_id for spec in specs if spec.run_id not in status]
     if lost:
         raise SweepError(
-            f"{len(lost)} of {len(specs)} runs have no record (first: {lost[0]}): their processes "
-            f"died {TRIES + 1} times each. See Ray's logs; out of memory is the usual cause, then "
-            "a smaller pack_size helps. Run again to go on."
+            f"{len(lost)} of {len(specs)} runs have no record (first: {lost[0]}): the sweep was "
+            f"interrupted, or their processes died {TRIES + 1} times each (see Ray's logs; out of "
+            "memory is the usual cause, then a smaller pack_size helps). Run again to go on."
         )
     return {spec.run_id: status[spec.run_id] for spec in specs}
 
@@ -156,7 +156,7 @@ def _train(
     train_pack: TrainPack,
     placement: Placement,
 ) -> None:
-    started_here = connect(placement)
+    connect(placement)
     sweep_id = hashlib.sha256(",".join(sorted(s.run_id for s in specs)).encode()).hexdigest()[:12]
     tokens = {spec.run_id: spec.tokens for spec in specs}
     store.write_json(
@@ -201,17 +201,14 @@ def _train(
         store.compact()
         state = progress(store, sweep_id)
         log.info("%s in %s", progress_line(state), duration(state["seconds"]))
-        if started_here:
-            ray.shutdown()
 
 
-def connect(placement: Placement) -> bool:
-    """Connect to Ray or start one here; return whether it was started.
+def connect(placement: Placement) -> None:
+    """Connect to Ray, or start one that lives as long as this process.
 
     Raises:
         SweepError: The cluster cannot be reached, or no node can hold a trial.
     """
-    started = False
     if not ray.is_initialized():
         address = placement.address or os.environ.get("RAY_ADDRESS")
         try:
@@ -220,7 +217,6 @@ def connect(placement: Placement) -> bool:
             else:
                 # No worker group starts in local mode, so nothing polls the dashboard.
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-                started = True
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise SweepError(
                 f"Cannot connect to Ray at {address!r}: {error}. Check the address, and that "
@@ -232,13 +228,10 @@ def connect(placement: Placement) -> bool:
         all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes
     ):
         offers = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-        if started:
-            ray.shutdown()
         raise SweepError(
             f"A trial needs {placement.cpus:g} CPU and {placement.gpus:g} GPU on one node; the "
             f"nodes offer {offers}. Ask for less, or use --elastic where an autoscaler brings more."
         )
-    return started
 
 
 def git_commit() -> str:

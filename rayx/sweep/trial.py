@@ -53,7 +53,9 @@ class Surroundings:
 class PackTrial(tune.Trainable):
     """Trains the missing runs of one pack and writes their records."""
 
-    def setup(self, config: dict[str, Any], surroundings: Surroundings) -> None:
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]: from with_parameters
+        self, config: dict[str, Any], surroundings: Surroundings
+    ) -> None:
         """Open the store and the corpus once for all packs of this actor."""
         self.surroundings = surroundings
         self.store = open_store(surroundings.store_url)
@@ -71,11 +73,11 @@ class PackTrial(tune.Trainable):
         takes no other run with it.
         """
         pack_id = self.config["pack"]
-        ended = set(self.store.names("records"))
         specs = [
             spec
             for spec in self.store.get_pack(pack_id)
-            if spec.run_id in self.surroundings.run_ids and spec.run_id not in ended
+            if spec.run_id in self.surroundings.run_ids
+            and not self.store.exists(f"records/{spec.run_id}.json")
         ]
         if specs:
             trainer = TorchTrainer(
@@ -93,7 +95,7 @@ class PackTrial(tune.Trainable):
             # runs in turn (width 64, one core), and in turn each is on record as soon as it ends.
             for spec in specs:
                 self._train(pack_id, [spec], "cpu")
-        if pack_id in self.store.names("heartbeats"):
+        if self.store.exists(f"heartbeats/{pack_id}.json"):
             self.store.remove(f"heartbeats/{pack_id}.json")
 
     def _train(self, pack_id: str, specs: list[TrainSpec], device: str) -> None:

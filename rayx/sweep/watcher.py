@@ -44,7 +44,7 @@ class Watcher(threading.Thread):
                     if began - compacted_at > COMPACT_SECONDS:
                         compacted_at = began
                         self.store.compact()
-                except StoreError as error:
+                except (StoreError, OSError) as error:  # a slow store must not end the heartbeat
                     log.warning("progress: %s", error)
                     continue
                 finally:
