@@ -48,7 +48,7 @@ class Watcher(threading.Thread):
                     log.warning("progress: %s", error)
                     continue
                 finally:
-                    pause = max(1.0, 10 * (time.monotonic() - began))
+                    pause = min(10.0, max(1.0, 10 * (time.monotonic() - began)))
                 line = progress_line(state)
                 bar.update(
                     task, description=line, completed=state["tokens"], total=state["tokens_total"]
