@@ -187,7 +187,7 @@ def test_import_in_a_fresh_interpreter_loads_only_what_it_needs(module):
 
 
 def test_no_file_names_a_package_index():
-    hosts = re.compile("|".join([r"pypi\." + "org", "pythonhosted" + r"\.org", "index" + "-url"]))
+    hosts = re.compile("|".join([r"pypi\." + "org", "python" + r"hosted\.org", "index" + "-url"]))
     assert not [path for path in WRITTEN if hosts.search(path.read_text(errors="replace"))]
 
 
