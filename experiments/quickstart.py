@@ -51,7 +51,7 @@ def method(p: Parameters, corpus: Corpus) -> RegMix:
     """Return the study: 0.12M-parameter proxies, verified at 0.34M and twice the tokens."""
     proxy = TrainSpec(
         corpus=corpus.fingerprint,
-        model=ModelShape(layers=2, width=64, heads=4, ffn_width=192, vocab_size=1024, context=128),
+        model=ModelShape(layers=1, width=64, heads=4, ffn_width=192, vocab_size=1024, context=64),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.proxy_tokens),
         optimizer=Optimizer(lr=8e-3, batch_sequences=8),
         evaluation=Evaluation(points=3, sequences=64),
