@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -27,6 +27,7 @@ class Plan:
         schedule: What to train on: phases of a mixture for a number of tokens.
         epochs: Domain -> passes over its tokens that the schedule takes.
         domain_tokens: Domain -> training tokens there are.
+        caps: Domain -> largest share that was allowed; a domain left out had none.
         corpus: Fingerprint of the corpus.
         choice: The choice, with predicted losses, intervals, baselines and warnings.
         verdict: Outcome of the verification in one sentence, or None.
@@ -36,6 +37,7 @@ class Plan:
     schedule: Schedule
     epochs: dict[str, float]
     domain_tokens: dict[str, int]
+    caps: dict[str, float]
     corpus: str
     choice: dict[str, Any]
     provenance: dict[str, Any]
@@ -47,6 +49,7 @@ class Plan:
         choice: Choice,
         corpus: Corpus,
         budget_tokens: int,
+        caps: Mapping[str, float],
         store: Store,
         run_ids: Sequence[str],
     ) -> Plan:
@@ -56,8 +59,9 @@ class Plan:
             schedule=Schedule.constant(mixture, budget_tokens),
             epochs=epochs(mixture, budget_tokens, corpus.tokens),
             domain_tokens={d: corpus.tokens[d] for d in corpus.domains},
+            caps=dict(caps),
             corpus=corpus.fingerprint,
-            choice=asdict(choice),
+            choice=json.loads(choice.to_json()),
             provenance={
                 "store": store.url,
                 "runs": hashlib.sha256(",".join(sorted(run_ids)).encode()).hexdigest()[:16],

@@ -163,6 +163,8 @@ def test_choose_plan_and_report_from_a_store(cli, world_store, tmp_path):
     assert page.startswith("<!DOCTYPE html>") and target in page
     code, out, _ = cli("choose", store.url, "--regressor", "ridge")
     assert code == 0 and "predicted objective" in out and "uniform" in out
+    code, _, err = cli("report", store.url)
+    assert code == 2 and "more than one" in err and "give --name" in err
 
 
 @pytest.mark.ray

@@ -21,7 +21,7 @@ from rayx.cli.options import (
     StoreOrNone,
     WeightsOption,
 )
-from rayx.cli.output import check_folder, grid_of, show_choice, warn, write_text
+from rayx.cli.output import check_folder, fit_progress, grid_of, show_choice, warn, write_text
 from rayx.corpus import Corpus
 from rayx.errors import FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, largest_scale, normalised_objective
@@ -71,7 +71,8 @@ def fit(
         raise SpecError("--test-weights and --test-losses go together; give both or neither.")
     table = _table(store, weights, losses)
     test = Table.from_csv(test_weights, test_losses) if test_weights and test_losses else None
-    result = evaluate_fit(table, test, regressor, seed)
+    with fit_progress() as shown:
+        result = evaluate_fit(table, test, regressor, seed, shown)
     if as_json:
         return typer.echo(json.dumps(result))
     warn(table.warnings)
@@ -135,13 +136,16 @@ def choose(
     )
     goal = normalised_objective(goal, table.targets)
     centre = parse_numbers("--prior", prior) if prior else supply
-    fitted = fit_table(table, regressor, seed=seed)
+    kept = open_store(store) if store else None
+    if kept is not None and kept.exists(f"choices/{name}.json"):
+        warn([f"the choice {name!r} in the store is replaced"])
+    with fit_progress() as shown:
+        fitted = fit_table(table, regressor, seed, shown)
     choice = choose_mixture(fitted, goal, centre, constraints, seed=seed)
-    if store:
-        kept = open_store(store)
+    if kept is not None:
         kept.write_bytes(f"choices/{name}.json", choice.to_json().encode())
         if opened is not None and tokens is not None:
-            plan = Plan.of(choice, opened, int(tokens), kept, table.run_ids)
+            plan = Plan.of(choice, opened, int(tokens), limits, kept, table.run_ids)
             kept.write_json(f"plans/{name}.json", plan.to_json())
     if as_json:
         return typer.echo(choice.to_json())
@@ -158,7 +162,7 @@ def plan(
     Example: `rayx plan runs/quickstart --out plan.json`
     """
     opened = open_store(store)
-    text = json.dumps(opened.read_json(f"plans/{_latest(opened, 'plans', name)}.json"), indent=2)
+    text = json.dumps(opened.read_json(f"plans/{_only(opened, 'plans', name)}.json"), indent=2)
     if out:
         write_text(out, text)
     typer.echo(text)
@@ -175,28 +179,29 @@ def report(
     """
     opened = open_store(store)
     check_folder(out)
-    found: dict[str, dict | None] = {}
-    for folder in ("choices", "verifications", "plans"):
-        names = opened.names(folder)
-        wanted = name or (names[-1] if names else None)
-        found[folder] = opened.read_json(f"{folder}/{wanted}.json") if wanted in names else None
-    runs = opened.runs()
+    if name or opened.names("choices"):
+        name = _only(opened, "choices", name)
+    found = {
+        folder: opened.read_json(f"{folder}/{name}.json") if name in opened.names(folder) else None
+        for folder in ("choices", "verifications", "plans")
+    }
     choice = Choice.from_json(json.dumps(found["choices"])) if found["choices"] else None
+    plan, runs = found["plans"], opened.runs()
+    fitted_runs = plan["provenance"]["run_ids"] if plan else largest_scale(runs)["run_id"]
     try:
-        if found["plans"]:
-            runs = runs.loc[runs["run_id"].isin(found["plans"]["provenance"]["run_ids"])]
-            fitted = fit_table(Table.from_frame(runs))
-        else:
-            fitted = fit_table(Table.from_frame(largest_scale(runs)))
+        table = Table.from_frame(runs.loc[runs["run_id"].isin(fitted_runs)])
+        with fit_progress() as shown:
+            fitted = fit_table(table, progress=shown)
     except FitError as error:  # too few runs yet: the page says what there is
         warn([f"nothing could be fitted: {error}"])
         fitted = None
-    page = render(opened, fitted, choice, verification=found["verifications"], plan=found["plans"])
-    write_text(out, page)
+    title = f"rayx: {name}" if name else "rayx report"
+    caps = plan["caps"] if plan else None
+    write_text(out, render(opened, fitted, choice, found["verifications"], plan, title, caps))
     typer.echo(out)
 
 
-def _latest(store: Store, folder: str, name: str | None) -> str:
+def _only(store: Store, folder: str, name: str | None) -> str:
     names = store.names(folder)
     if name is None and len(names) == 1:
         return names[0]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as Grid
 
 from rayx.choose import Choice
 from rayx.errors import SpecError
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 15.0  # between plain lines, where the output is not a terminal
 
 
 def check_folder(path: str) -> None:
@@ -35,6 +49,26 @@ def grid_of(*columns: str) -> Grid:
             column, justify="left" if column in ("target", "regressor", "") else "right"
         )
     return grid
+
+
+@contextmanager
+def fit_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a callback for `fit_table` that shows done/total, what and the time left."""
+    console = Console(stderr=True)
+    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    last = time.monotonic()
+    with Progress(*columns, TextColumn("{task.description}"), console=console,
+                  transient=True, disable=not console.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total, description=what)
+            if not console.is_terminal and time.monotonic() - last > LOG_SECONDS:
+                last = time.monotonic()
+                log.info("fit: %d/%d, %s", done, total, what)
+
+        yield show
 
 
 def warn(warnings: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def run(
     ] = False,
     pack_size: Annotated[
         int, typer.Option(min=1, help="Runs of a trial; on a GPU they train together.")
-    ] = 4,
+    ] = 2,
     cpus: Annotated[float, typer.Option(help="CPUs of a trial.")] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs of a trial.")] = 0.0,
     elastic: Annotated[

@@ -133,7 +133,9 @@ class RegMix:
         """
         fitted, choice = self.decide(store)
         store.write_bytes(f"choices/{name}.json", choice.to_json().encode())
-        plan = Plan.of(choice, self.corpus, self.budget_tokens, store, fitted.table.run_ids)
+        plan = Plan.of(
+            choice, self.corpus, self.budget_tokens, self.caps, store, fitted.table.run_ids
+        )
         verification = None
         if self.verification is not None:
             arms = self.follow_up(self.arms(choice))

@@ -36,7 +36,7 @@ class Placement:
     """Where and how a sweep runs; none of it can change a result beyond rounding."""
 
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a Ray of our own
-    pack_size: int = 4  # runs of a trial; on a GPU they train together
+    pack_size: int = 2  # runs of a trial; give more on a GPU, where they train together
     cpus: float = 1.0  # of a trial
     gpus: float = 0.0  # of a trial
     elastic: bool = False  # an autoscaler may still bring nodes that fit
