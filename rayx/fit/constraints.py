@@ -34,8 +34,8 @@ class Constraints:
     """
 
     domains: tuple[str, ...]
-    floors_K: np.ndarray  # noqa: N815
-    caps_K: np.ndarray  # noqa: N815
+    floors_K: np.ndarray
+    caps_K: np.ndarray
 
     def __post_init__(self) -> None:
         for kind in ("floors", "caps"):

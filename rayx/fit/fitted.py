@@ -46,7 +46,7 @@ class FittedTable:
     warnings: tuple[str, ...]
 
     @property
-    def oof_RT(self) -> np.ndarray:  # noqa: N802
+    def oof_RT(self) -> np.ndarray:
         """Predictions by models that did not see the row, shape (R, T); NaN where no loss is."""
         oof_RT = np.full(self.table.losses_RM.shape, np.nan)
         for t, target in enumerate(self.table.targets):

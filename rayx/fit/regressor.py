@@ -53,7 +53,7 @@ class CrossFit:
 
     predict_all: Predictor
     predict_folds: tuple[Predictor, ...]
-    oof_R: np.ndarray  # noqa: N815
+    oof_R: np.ndarray
     residual_sd: float
     spread: float
 

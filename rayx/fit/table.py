@@ -46,8 +46,8 @@ class Table:
     run_ids: tuple[str, ...]
     domains: tuple[str, ...]
     targets: tuple[str, ...]
-    weights_RK: np.ndarray  # noqa: N815
-    losses_RM: np.ndarray  # noqa: N815
+    weights_RK: np.ndarray
+    losses_RM: np.ndarray
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

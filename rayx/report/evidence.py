@@ -76,14 +76,14 @@ class Evidence:
         return f"the weighted loss on {listed(parts, 6)}"
 
     @cached_property
-    def centre_K(self) -> np.ndarray:  # noqa: N802
+    def centre_K(self) -> np.ndarray:
         """The mixture that responses start from: the choice, else the mean over the runs."""
         assert self.fitted is not None
         if self.choice:
             return np.array([self.choice.weights[d] for d in self.fitted.table.domains])
         return self.fitted.table.weights_RK.mean(0)
 
-    def measured_R(self) -> np.ndarray:  # noqa: N802
+    def measured_R(self) -> np.ndarray:
         """Measured objective of the runs fitted; NaN where a target is missing."""
         assert self.fitted is not None
         table = self.fitted.table
