@@ -11,7 +11,7 @@ Cost:      512 runs, 5.1e11 tokens; `rayx run experiments/regmix.py --dry-run` g
 Corpus:    Build it first from the Pile's domains, with a 50,432-token tokenizer:
                rayx corpus build data/pile --table 'pile/*.parquet' --domain-column domain \\
                    --tokenizer EleutherAI/gpt-neox-20b
-Result:    Not run at full size; scaled down (2026-11-22): the choice beats uniform and proportional,
+Result:    Not run at full size; scaled down (2026-11-22) the choice beats uniform and proportional,
            not clearly the best of 32 proxies; see LOG.md.
 """
 
