@@ -267,7 +267,7 @@ def test_estimate_counts_and_times(tiny_corpus):
     actual = time.perf_counter() - began
     assert cost.runs == 10 and cost.tokens == 10 * 40 * 64
     assert cost.flops == pytest.approx(6 * specs[0].model.matmul_params * cost.tokens)
-    assert actual / 5 < cost.seconds < actual * 5
+    assert actual / 3 < cost.seconds < actual * 3
 
 
 def test_bad_sweeps_are_refused_before_anything_starts(ray_cluster, tiny_corpus, store, script):

@@ -28,6 +28,7 @@ from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
+CALIBRATION_SECONDS = 1.0  # of steps, in an estimate
 TRIES = 3  # of a pack whose process dies, beyond the first
 
 
@@ -263,7 +264,8 @@ def estimate(
 ) -> Estimate:
     """Estimate a sweep's cost from a short calibration here, for each shape of run.
 
-    Runs of 4 and 12 steps give the time of a step and that of set-up with one evaluation.
+    Differences of short runs give the time of a step (over about a second of steps), of one
+    evaluation and of the set-up.
     """
     together = placement.pack_size if placement.gpus else 1
     device = "cuda" if placement.gpus else "cpu"
@@ -274,12 +276,12 @@ def estimate(
     for group in groups.values():
         pack, spec = group[:together], group[0]
 
-        def timed(steps: int, pack: list[TrainSpec] = pack) -> float:
+        def timed(steps: int, sequences: int = 1, pack: list[TrainSpec] = pack) -> float:
             short = [
                 dataclasses.replace(
                     s,
                     schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
-                    evaluation=Evaluation(points=1, sequences=s.evaluation.sequences),
+                    evaluation=Evaluation(points=1, sequences=sequences),
                 )
                 for s in pack
             ]
@@ -290,10 +292,11 @@ def estimate(
             return time.perf_counter() - began
 
         timed(1)  # warms caches
-        few, many = timed(4), timed(12)
-        step = max(0.0, many - few) / 8
-        rest = max(0.0, few - 4 * step)
-        whole = step * spec.steps + rest * spec.evaluation.points
+        base = timed(2)
+        more = max(4, min(100, round(CALIBRATION_SECONDS / max(1e-3, (timed(6) - base) / 4))))
+        step = max(0.0, timed(2 + more) - base) / more
+        evaluation = max(0.0, timed(2, spec.evaluation.sequences) - base)
+        whole = base + step * (spec.steps - 2) + evaluation * spec.evaluation.points
         seconds += whole * len(group) / len(pack)
     return Estimate(len(specs), sum(s.tokens for s in specs), sum(s.flops for s in specs), seconds)
 
