@@ -19,6 +19,7 @@ from rayx.errors import CorpusError
 from rayx.proxy.model import Rotary, token_losses
 from rayx.record import Loss
 from rayx.spec import ModelShape
+from rayx.units import bits_per_byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def held_out(corpus: Corpus, context: int, sequences: int, device: torch.device)
             )
         places = np.unique(np.linspace(0, available - 1, min(sequences, available)).astype(int))
         tokens = torch.from_numpy(take(shard, places, context)).to(device)
-        factor = 1.0 / (math.log(2.0) * corpus.bytes_per_token(target))
+        factor = bits_per_byte(1.0, corpus.heldout_tokens[target], corpus.heldout_bytes[target])
         result[target] = HeldOut(tokens, factor)
     return result
 
