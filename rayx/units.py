@@ -8,7 +8,7 @@ import numpy as np
 
 from rayx.errors import SpecError
 
-# Repetitions over which a token's worth decays by 1/e (Muennighoff et al. 2023, section 5).
+# Repetitions after which one more is worth 1/e of fresh data: 15.387756 in the paper's fit.
 REPETITION_R_STAR = 15.39
 
 
@@ -59,7 +59,7 @@ def effective_tokens(
     Raises:
         SpecError: An argument is negative or not a number, or r_star is 0.
 
-    Source: Muennighoff et al. 2023, arXiv:2305.16264, equation 5 (R* = 15.39 there, for R_D*).
+    Source: Muennighoff et al. 2023, arXiv:2305.16264, section 3.1; R_D* is fitted in appendix A.
     """
     tokens, unique, r_star = (np.asarray(x, float) for x in (tokens, unique_tokens, r_star))
     for name, value, ok in (
