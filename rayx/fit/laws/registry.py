@@ -1,0 +1,10 @@
+"""Laws by name: what `rayx law --law NAME` knows, and what `auto` tries."""
+
+from __future__ import annotations
+
+from rayx.fit.laws.law import Law
+
+
+def laws() -> dict[str, type[Law]]:
+    """Return name -> class of every law."""
+    return {law.name: law for law in ()}
