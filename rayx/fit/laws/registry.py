@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from rayx.fit.laws.chinchilla import Chinchilla
 from rayx.fit.laws.law import Law
 
 
 def laws() -> dict[str, type[Law]]:
     """Return name -> class of every law."""
-    return {law.name: law for law in ()}
+    return {law.name: law for law in (Chinchilla,)}
