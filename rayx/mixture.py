@@ -172,6 +172,16 @@ class Schedule:
         """Tokens of all phases."""
         return sum(phase.tokens for phase in self.phases)
 
+    def domain_tokens(self, tokens: int) -> dict[str, float]:
+        """Return domain -> tokens among the first `tokens` of the schedule."""
+        read: dict[str, float] = {}
+        for phase in self.phases:
+            taken = min(tokens, phase.tokens)
+            tokens -= taken
+            for domain, weight in phase.mixture.items():
+                read[domain] = read.get(domain, 0.0) + weight * taken
+        return {domain: count for domain, count in read.items() if count > 0}
+
     def average(self) -> Mixture:
         """Return the mixture of all tokens together (what a regressor at one scale sees)."""
         total: dict[str, float] = {}

@@ -50,7 +50,7 @@ class Record:
 
     spec: TrainSpec
     curve: tuple[CurvePoint, ...]  # every evaluation, the last one is the result
-    epochs: dict[str, float]  # domain -> passes over its training tokens
+    epochs: dict[str, float]  # domain -> passes over its training tokens, the trunk's included
     tokens: int
     flops: float
     seconds: float  # the run's share of its pack's wall time
@@ -89,6 +89,8 @@ class Record:
             "corpus": spec.corpus,
             "params": spec.model.params,
             "tokens": spec.tokens,
+            "trunk_tokens": spec.trunk_tokens,
+            "parent": spec.parent.spec.run_id if spec.parent else None,
             "flops": self.flops,
             "seconds": self.seconds,
             "seed": spec.seed,

@@ -10,170 +10,67 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from rayx.errors import SpecError
 from rayx.mixture import Schedule
+from rayx.recipe import (
+    Evaluation,
+    LrSchedule,
+    ModelShape,
+    Optimizer,
+    Precision,
+    is_int,
+    member,
+    require,
+)
 from rayx.units import train_flops
+
+__all__ = [
+    "Evaluation",
+    "LrSchedule",
+    "ModelShape",
+    "Optimizer",
+    "Parent",
+    "Precision",
+    "TrainSpec",
+    "require",
+]
 
 FORMAT = 1  # of specs and records; part of every run_id
 
 
-def require(condition: bool, what: str, value: object, expected: str) -> None:
-    """Raise SpecError naming what is wrong, its value and what was expected."""
-    if not condition:
-        raise SpecError(f"{what} is {value!r}; expected {expected}.")
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """Where a branch leaves another run: after `steps` optimizer steps of `spec`.
 
+    The branch takes over parameters, optimizer moments and the places in the data, so a branch that
+    goes on with the parent's schedule is the parent's own continuation.
+    """
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _member(kind: type[Enum], what: str, value: object) -> Enum:
-    try:
-        return kind(value)
-    except ValueError:
-        choices = ", ".join(repr(member.value) for member in kind)
-        raise SpecError(f"{what} is {value!r}; expected one of {choices}.") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Shape of the decoder (RoPE, RMSNorm, SwiGLU)."""
-
-    layers: int
-    width: int
-    heads: int
-    ffn_width: int
-    vocab_size: int
-    context: int  # tokens a sequence
-    tied_embeddings: bool = True
+    spec: TrainSpec
+    steps: int
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "ffn_width", "vocab_size", "context"):
-            value = getattr(self, name)
-            require(_is_int(value) and value > 0, f"ModelShape.{name}", value, "an integer > 0")
+        require(isinstance(self.spec, TrainSpec), "Parent.spec", self.spec, "a TrainSpec")
         require(
-            isinstance(self.tied_embeddings, bool),
-            "ModelShape.tied_embeddings",
-            self.tied_embeddings,
-            "True or False",
-        )
-        require(
-            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
-            "ModelShape.width / heads",
-            self.width / self.heads,
-            "an even integer (rotary positions turn pairs)",
+            is_int(self.steps) and 0 < self.steps <= self.spec.steps,
+            "Parent.steps",
+            self.steps,
+            f"an integer from 1 to the {self.spec.steps} steps of the parent",
         )
 
     @property
-    def block_params(self) -> int:
-        """Parameters without the embeddings: attention, feed-forward and norms."""
-        per_layer = 4 * self.width**2 + 3 * self.width * self.ffn_width + 2 * self.width
-        return self.layers * per_layer + self.width
+    def path_steps(self) -> int:
+        """Optimizer steps since the first ancestor's start."""
+        before = self.spec.parent.path_steps if self.spec.parent else 0
+        return before + self.steps
 
     @property
-    def params(self) -> int:
-        """All trained parameters."""
-        tables = 1 if self.tied_embeddings else 2
-        return self.block_params + tables * self.vocab_size * self.width
-
-    @property
-    def matmul_params(self) -> int:
-        """Parameters that take part in matrix products (blocks and output head), for FLOPs."""
-        return self.block_params + self.vocab_size * self.width
-
-
-class LrSchedule(str, Enum):
-    """Shape of the learning rate after the warm-up."""
-
-    WSD = "wsd"  # constant, then linear to min_lr_share over the last decay_share of the steps
-    COSINE = "cosine"  # half a cosine to min_lr_share over all the steps
-
-
-class Precision(str, Enum):
-    """Precision of matrix products; parameters and losses are float32 always."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer:
-    """AdamW with decoupled weight decay on matrices, clipping by global norm, and its schedule."""
-
-    lr: float
-    batch_sequences: int
-    lr_schedule: LrSchedule = LrSchedule.WSD
-    warmup_share: float = 0.05  # of the steps
-    decay_share: float = 0.2  # of the steps, WSD only
-    min_lr_share: float = 0.0  # of lr, at the end
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-6  # far over a gradient's rounding (1e-8), which would else decide signs
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        lr_schedule = _member(LrSchedule, "Optimizer.lr_schedule", self.lr_schedule)
-        object.__setattr__(self, "lr_schedule", lr_schedule)
-        numbers = [f.name for f in dataclasses.fields(self) if f.type == "float"]
-        for name in numbers:
-            require(
-                _is_number(getattr(self, name)),
-                f"Optimizer.{name}",
-                getattr(self, name),
-                "a finite number",
-            )
-            # Adding 0 turns -0.0 into 0.0: equal specs have equal ids.
-            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)
-        require(0 < self.lr <= 10, "Optimizer.lr", self.lr, "a number in (0, 10]")
-        require(
-            _is_int(self.batch_sequences) and self.batch_sequences > 0,
-            "Optimizer.batch_sequences",
-            self.batch_sequences,
-            "an integer > 0",
-        )
-        for name in ("warmup_share", "decay_share", "min_lr_share"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"Optimizer.{name}",
-                getattr(self, name),
-                "a share in [0, 1]",
-            )
-        require(
-            self.warmup_share + self.decay_share <= 1 or self.lr_schedule is LrSchedule.COSINE,
-            "Optimizer.warmup_share + decay_share",
-            self.warmup_share + self.decay_share,
-            "at most 1",
-        )
-        for name in ("beta1", "beta2"):
-            require(
-                0 <= getattr(self, name) < 1, f"Optimizer.{name}", getattr(self, name), "in [0, 1)"
-            )
-        require(self.weight_decay >= 0, "Optimizer.weight_decay", self.weight_decay, ">= 0")
-        require(self.eps > 0, "Optimizer.eps", self.eps, "> 0")
-        require(self.clip_norm > 0, "Optimizer.clip_norm", self.clip_norm, "> 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """When and on how much held-out text a run is evaluated."""
-
-    points: int = 4  # equally spaced over the steps, the end included
-    sequences: int = 64  # per target at most, each of the model's context
-
-    def __post_init__(self) -> None:
-        for name in ("points", "sequences"):
-            value = getattr(self, name)
-            require(_is_int(value) and value > 0, f"Evaluation.{name}", value, "an integer > 0")
+    def checkpoint(self) -> str:
+        """Name of the checkpoint in a store: what decides its content is in the name."""
+        return f"checkpoints/{self.spec.run_id}-{self.steps}.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +79,8 @@ class TrainSpec:
 
     `seed` draws the initial parameters, `data_seed` the order in which each domain is read. By
     default both are shared by all runs of a sweep (common random numbers), so that differences
-    between mixtures are not drowned by noise; replicates change both.
+    between mixtures are not drowned by noise; replicates change both. With a `parent` the run is a
+    branch: it starts from the parent's state instead of from `seed`.
     """
 
     corpus: str  # fingerprint
@@ -193,9 +91,10 @@ class TrainSpec:
     data_seed: int = 0
     evaluation: Evaluation = field(default_factory=Evaluation)
     precision: Precision = Precision.FLOAT32
+    parent: Parent | None = None
 
     def __post_init__(self) -> None:
-        precision = _member(Precision, "TrainSpec.precision", self.precision)
+        precision = member(Precision, "TrainSpec.precision", self.precision)
         object.__setattr__(self, "precision", precision)
         require(
             isinstance(self.corpus, str) and bool(self.corpus),
@@ -220,7 +119,7 @@ class TrainSpec:
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             require(
-                _is_int(value) and 0 <= value < 2**31,
+                is_int(value) and 0 <= value < 2**31,
                 f"TrainSpec.{name}",
                 value,
                 "an integer in [0, 2^31)",
@@ -237,6 +136,16 @@ class TrainSpec:
             self.evaluation.points,
             f"at most the {self.steps} steps of the run",
         )
+        if self.parent is not None:
+            require(isinstance(self.parent, Parent), "TrainSpec.parent", self.parent, "a Parent")
+            for name in ("corpus", "model"):
+                theirs = getattr(self.parent.spec, name)
+                require(
+                    getattr(self, name) == theirs,
+                    f"TrainSpec.{name} of a branch",
+                    getattr(self, name),
+                    f"that of its parent ({theirs!r})",
+                )
 
     @property
     def batch_tokens(self) -> int:
@@ -254,8 +163,32 @@ class TrainSpec:
         return self.steps * self.batch_tokens
 
     @property
+    def trunk_tokens(self) -> int:
+        """Tokens of the ancestors up to where this run leaves them; 0 without a parent."""
+        if self.parent is None:
+            return 0
+        return self.parent.spec.trunk_tokens + self.parent.steps * self.parent.spec.batch_tokens
+
+    @property
+    def domain_tokens(self) -> dict[str, float]:
+        """Domain -> training tokens read on the whole path, ancestors included."""
+        read: dict[str, float] = {}
+        for spec, after in zip(self.path, (*self.path[1:], None), strict=True):
+            tokens = (
+                after.parent.steps * spec.batch_tokens if after and after.parent else spec.tokens
+            )
+            for domain, count in spec.schedule.domain_tokens(tokens).items():
+                read[domain] = read.get(domain, 0.0) + count
+        return read
+
+    @property
+    def path(self) -> tuple[TrainSpec, ...]:
+        """The ancestors from the first one on, and this spec."""
+        return (*self.parent.spec.path, self) if self.parent else (self,)
+
+    @property
     def flops(self) -> float:
-        """Training FLOPs, 6 N D over the parameters in matrix products."""
+        """Training FLOPs of this run alone, 6 N D over the parameters in matrix products."""
         return train_flops(self.model.matmul_params, self.tokens)
 
     @property
@@ -268,17 +201,23 @@ class TrainSpec:
 
     @property
     def pack_key(self) -> str:
-        """Runs with equal keys can share a pack: all but mixture, rate, decay and seeds agree."""
+        """Runs with equal keys can share a pack: all but mixture, rate, decay, seeds and parent."""
         data = self.to_json()
         for name in ("schedule", "seed", "data_seed"):
             del data[name]
         del data["optimizer"]["lr"], data["optimizer"]["weight_decay"]
+        if self.parent is not None:
+            data["parent"] = self.parent.path_steps  # Adam's bias correction is the pack's
         return json.dumps({**data, "steps": self.steps}, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data from which `from_json` makes an equal spec."""
+        parent = self.parent
         return {
             "kind": "train",
+            **(
+                {"parent": {"spec": parent.spec.to_json(), "steps": parent.steps}} if parent else {}
+            ),
             "corpus": self.corpus,
             "model": dataclasses.asdict(self.model),
             "schedule": self.schedule.to_json(),
@@ -305,6 +244,7 @@ class TrainSpec:
             unknown = set(data) - {"kind", *(f.name for f in dataclasses.fields(cls))}
             if unknown:
                 raise SpecError(f"Spec has fields {sorted(unknown)} that this rayx does not know.")
+            parent = data.get("parent")
             return cls(
                 corpus=data["corpus"],
                 model=ModelShape(**data["model"]),
@@ -314,6 +254,7 @@ class TrainSpec:
                 data_seed=data["data_seed"],
                 evaluation=Evaluation(**data["evaluation"]),
                 precision=Precision(data["precision"]),
+                parent=Parent(cls.from_json(parent["spec"]), parent["steps"]) if parent else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(

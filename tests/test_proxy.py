@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import rayx
 from rayx import Evaluation, Mixture, ModelShape, Optimizer, Phase, Schedule, TrainSpec
 from rayx.corpus.sampler import sequence_count, take
-from rayx.errors import CorpusError, SpecError
+from rayx.errors import CorpusError, SpecError, StoreError
 from rayx.proxy import set_threads, train_pack
-from rayx.proxy.model import Rotary, stacked_parameters, token_losses
-from rayx.proxy.train import PackedAdamW, lr_share
-from rayx.spec import LrSchedule, Precision
+from rayx.proxy.model import Rotary, initial_parameters, stacked, token_losses
+from rayx.proxy.optimizer import PackedAdamW, lr_share
+from rayx.spec import LrSchedule, Parent, Precision
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,6 +41,15 @@ def template(tiny_corpus) -> TrainSpec:
         optimizer=Optimizer(lr=5e-3, batch_sequences=8),
         evaluation=Evaluation(points=2, sequences=32),
     )
+
+
+def fresh_parameters(shape: ModelShape, seeds: list[int]) -> dict[str, torch.Tensor]:
+    drawn = [initial_parameters(shape, seed) for seed in seeds]
+    return {n: p.requires_grad_() for n, p in stacked(drawn, torch.device("cpu")).items()}
+
+
+def zeros(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
 def varied(template: TrainSpec, count: int) -> list[TrainSpec]:
@@ -94,7 +104,7 @@ def test_proxies_learn_their_domains_and_not_the_absent_one(template, tiny_corpu
 def test_losses_equal_a_plain_reference_in_float64(template):
     """An independent decoder, written with loops and explicit formulas."""
     shape = template.model
-    parameters = stacked_parameters(shape, [3, 4], torch.device("cpu"))
+    parameters = fresh_parameters(shape, [3, 4])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, shape.vocab_size, (2, 3, 13), generator=generator)
     got = token_losses(parameters, shape, Rotary(shape, torch.device("cpu")), tokens)
@@ -143,7 +153,7 @@ def reference_losses(p, shape, tokens):
 def test_packed_adamw_equals_torch_adamw_run_by_run(template):
     specs = varied(template, 3)
     shape = template.model
-    parameters = stacked_parameters(shape, [s.seed for s in specs], torch.device("cpu"))
+    parameters = fresh_parameters(shape, [s.seed for s in specs])
     rotary = Rotary(shape, torch.device("cpu"))
     tokens = torch.randint(0, shape.vocab_size, (3, 4, 33), generator=torch.manual_seed(0))
     twins, optimizers = [], []
@@ -160,7 +170,7 @@ def test_packed_adamw_equals_torch_adamw_run_by_run(template):
         betas = (spec.optimizer.beta1, spec.optimizer.beta2)
         optimizers.append(torch.optim.AdamW(groups, lr=spec.optimizer.lr, betas=betas, eps=1e-6))
         twins.append(twin)
-    packed = PackedAdamW(parameters, specs)
+    packed = PackedAdamW(parameters, zeros(parameters), zeros(parameters), specs)
     alive_R = torch.ones(3, dtype=torch.bool)
     for _ in range(5):
         token_losses(parameters, shape, rotary, tokens).mean((1, 2)).sum().backward()
@@ -270,3 +280,61 @@ def test_cuda_agrees_with_cpu(template, tiny_corpus):
         train_pack(specs, tiny_corpus), train_pack(specs, tiny_corpus, device="cuda"), strict=True
     ):
         assert gpu.losses["law"].nats == pytest.approx(cpu.losses["law"].nats, rel=1e-2)
+
+
+# Branches -------------------------------------------------------------------------------------
+
+
+def test_a_branch_of_a_trunk_is_the_run_in_one_go_to_the_bit(template, tiny_corpus, tmp_path):
+    """Trunk at a constant rate, then a branch of another mixture that decays: WSD in two runs."""
+    batch = template.batch_tokens
+    general, special = Mixture({"code": 1, "law": 1}), Mixture({"news": 3, "law": 1})
+    phases = (Phase(general, 35 * batch), Phase(special, 15 * batch))
+    warm = dataclasses.replace(template.optimizer, warmup_share=0.1, decay_share=0.3)
+    whole = dataclasses.replace(template, schedule=Schedule(phases), optimizer=warm)
+    trunk = dataclasses.replace(
+        template,
+        schedule=Schedule.constant(general, 40 * batch),  # longer than the branch point
+        optimizer=dataclasses.replace(warm, warmup_share=0.125, decay_share=0.0),
+    )
+    branch = dataclasses.replace(
+        template,
+        schedule=Schedule.constant(special, 15 * batch),
+        optimizer=dataclasses.replace(warm, warmup_share=0.0, decay_share=1.0),
+        parent=Parent(trunk, 35),
+        seed=99,  # a branch draws nothing
+    )
+    store = rayx.open(tmp_path / "store", create=True)
+    train_pack([trunk], tiny_corpus, store=store, keep={trunk.run_id: [35]})
+    in_one_go, branched = (train_pack([s], tiny_corpus, store=store)[0] for s in (whole, branch))
+    assert branched.losses == in_one_go.losses
+    assert branched.epochs == in_one_go.epochs
+    assert branched.tokens + branch.trunk_tokens == in_one_go.tokens
+    row = branched.run_row()
+    assert (row["trunk_tokens"], row["parent"]) == (35 * batch, trunk.run_id)
+
+
+def test_a_pack_of_branches_gives_the_losses_of_single_branches(template, tiny_corpus, tmp_path):
+    store = rayx.open(tmp_path / "store", create=True)
+    trunks = varied(template, 3)
+    train_pack(trunks, tiny_corpus, store=store, keep={s.run_id: [30] for s in trunks})
+    branches = [dataclasses.replace(s, parent=Parent(s, 30)) for s in trunks]
+    packed = train_pack(branches, tiny_corpus, store=store)
+    for branch, record in zip(branches, packed, strict=True):
+        single = train_pack([branch], tiny_corpus, store=store)[0]
+        for target, loss in record.losses.items():
+            assert loss.nats == pytest.approx(single.losses[target].nats, rel=1e-4)
+
+
+def test_a_checkpoint_that_is_missing_or_damaged_is_named(template, tiny_corpus, tmp_path):
+    branch = dataclasses.replace(template, parent=Parent(template, 10))
+    with pytest.raises(SpecError, match="branches from another; give the store"):
+        train_pack([branch], tiny_corpus)
+    store = rayx.open(tmp_path / "store", create=True)
+    with pytest.raises(StoreError, match=f"has no checkpoints/{template.run_id}-10.safetensors"):
+        train_pack([branch], tiny_corpus, store=store)
+    train_pack([template], tiny_corpus, store=store, keep={template.run_id: [10]})
+    data = store.read_bytes(branch.parent.checkpoint)
+    store.write_bytes(branch.parent.checkpoint, data[: len(data) // 2])
+    with pytest.raises(StoreError, match="is damaged"):
+        train_pack([branch], tiny_corpus, store=store)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Phase, Schedule
-from rayx.spec import LrSchedule, ModelShape, Optimizer, Precision, TrainSpec
+from rayx.spec import LrSchedule, ModelShape, Optimizer, Parent, Precision, TrainSpec
 from tests.samples import SPEC, train_spec, two_phases
 
 replace = dataclasses.replace
@@ -44,6 +44,7 @@ CHANGES: dict[str, Any] = {  # every field, and a valid value other than that of
     "evaluation.points": 3,
     "evaluation.sequences": 9,
     "precision": Precision.BFLOAT16,
+    "parent": Parent(train_spec(1, 1), 16),
 }
 
 
@@ -189,12 +190,38 @@ def test_runs_that_differ_otherwise_share_no_pack(path):
     assert changed(path, CHANGES[path]).pack_key != SPEC.pack_key
 
 
+def test_a_branch_knows_its_whole_path():
+    trunk = train_spec(1, 1)  # 32 steps of 512 tokens
+    middle = train_spec(schedule=two_phases(), parent=Parent(trunk, 8))
+    leaf = train_spec(3, 1, parent=Parent(middle, 24))
+    assert leaf.path == (trunk, middle, leaf) and trunk.path == (trunk,)
+    assert leaf.trunk_tokens == (8 + 24) * 512 and leaf.parent.path_steps == 32
+    read = leaf.domain_tokens  # 8 steps half and half; 16 web, 8 math; 32 steps 3:1
+    assert read["math"] == 8 * 512
+    assert read["web"] == pytest.approx((4 + 16 + 24) * 512)
+    assert sum(read.values()) == pytest.approx(leaf.trunk_tokens + leaf.tokens)
+    assert leaf.flops == trunk.flops  # its own tokens alone
+
+
+def test_branches_share_a_pack_if_they_leave_their_parents_after_as_many_steps():
+    twins = [train_spec(parent=Parent(train_spec(1, w), 16)) for w in (1, 2)]
+    assert twins[0].pack_key == twins[1].pack_key and twins[0].run_id != twins[1].run_id
+    assert train_spec(parent=Parent(train_spec(1, 1), 17)).pack_key != twins[0].pack_key
+
+
 # What is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
+        ("parent", Parent(train_spec(corpus="other"), 4), ["TrainSpec.corpus of a branch", "c0ff"]),
+        (
+            "parent",
+            Parent(train_spec(model=replace(SPEC.model, width=32)), 4),
+            ["TrainSpec.model of a branch", "that of its parent"],
+        ),
+        ("parent", "4a0fd413e68e", ["TrainSpec.parent", "a Parent"]),
         ("corpus", "", ["TrainSpec.corpus", "''", "fingerprint"]),
         ("corpus", 7, ["TrainSpec.corpus", "7", "fingerprint"]),
         ("model", {"layers": 2}, ["TrainSpec.model", "ModelShape"]),

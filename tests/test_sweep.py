@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 import rayx
 from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
 from rayx.errors import SpecError, SweepError
 from rayx.progress import progress
 from rayx.proxy import train_pack
+from rayx.spec import Parent
 from rayx.sweep import Placement, estimate, run_sweep
-from rayx.sweep.packs import PackSearcher, form_packs
+from rayx.sweep.packs import Pack, PackSearcher, form_packs, missing_packs
 from tests.samples import record
 
 pytestmark = pytest.mark.ray
@@ -49,7 +51,7 @@ class Scripted:
     kills_once: frozenset[str] = frozenset()
     kills: frozenset[str] = frozenset()
 
-    def __call__(self, specs, corpus, *, pack_id, commit, device, on_progress):
+    def __call__(self, specs, corpus, *, pack_id, commit, device, on_progress, store, keep):
         for spec in specs:
             with open(self.log, "a") as file:
                 file.write(f"{spec.run_id} {os.getpid()}\n")
@@ -85,15 +87,128 @@ def test_form_packs_is_stable_when_a_sweep_grows(tiny_corpus):
     assert [[s.steps for s in p] for p in mixed.values()] == [[6, 6], [7, 7]]
 
 
-def test_searcher_adds_packs_that_follow_from_results_and_then_finishes():
-    searcher = PackSearcher(["a"], on_complete={"a": ["b"], "b": []}.get)
-    assert searcher.suggest("t1") == {"pack": "a"}
-    assert searcher.suggest("t2") is None  # "a" may still bring more
+def pack(name: str, *needs: str) -> Pack:
+    return Pack(name, (), {f"{name}-run": [3]}, needs)
+
+
+def test_searcher_asks_for_a_round_when_the_last_one_has_ended_and_then_finishes():
+    rounds = [[pack("b")], []]
+    searcher = PackSearcher([pack("a")], more=lambda: rounds.pop(0))
+    assert searcher.suggest("t1") == {"pack": "a", "runs": {"a-run": [3]}}
+    assert searcher.suggest("t2") is None  # "a" is still running
     searcher.on_trial_complete("t1", {"runs": 1})
     searcher.on_trial_complete("t1", {"runs": 1})
-    assert searcher.suggest("t2") == {"pack": "b"}
+    assert searcher.suggest("t2")["pack"] == "b"
     searcher.on_trial_complete("t2", error=True)
     assert searcher.suggest("t3") == PackSearcher.FINISHED
+
+
+def test_searcher_holds_branches_back_until_their_checkpoint_is_there():
+    there = set()
+    packs = [pack("trunk"), pack("branch", "c1"), pack("other"), pack("orphan", "c2")]
+    searcher = PackSearcher(packs, there.__contains__)
+    assert [searcher.suggest(t)["pack"] for t in ("t1", "t2")] == ["trunk", "other"]
+    assert searcher.suggest("t3") is None
+    there.add("c1")  # the trunk goes on, but has passed the branch point
+    assert searcher.suggest("t3")["pack"] == "branch"
+    for trial in ("t1", "t2", "t3"):
+        assert searcher.suggest("t4") is None
+        searcher.on_trial_complete(trial)
+    # Nothing runs that could make c2: the branch is handed out, to fail on record.
+    assert searcher.suggest("t4")["pack"] == "orphan"
+
+
+def branches_of(trunk: TrainSpec, at: int, count: int) -> list[TrainSpec]:
+    return [
+        dataclasses.replace(
+            trunk,
+            schedule=Schedule.constant(Mixture({"news": 1 + i, "law": 1}), 3 * trunk.batch_tokens),
+            parent=Parent(trunk, at),
+        )
+        for i in range(count)
+    ]
+
+
+def test_missing_packs_train_a_parent_again_only_for_a_checkpoint_that_is_needed(tiny_corpus):
+    (trunk,) = small_specs(tiny_corpus, 1)
+    early, late = branches_of(trunk, 2, 1), branches_of(trunk, 4, 1)
+    specs = [*late, *early]
+
+    def runs(ended, there=()):
+        packs = missing_packs(specs, 2, ended, {p.parent.checkpoint for p in there}.__contains__)
+        return {run: list(steps) for p in packs for run, steps in p.runs.items()}
+
+    ids = [s.run_id for s in (trunk, *early, *late)]
+    assert runs({}) == {ids[0]: [2, 4], ids[1]: [], ids[2]: []}
+    assert list(runs({}))[0] == ids[0]  # parents first
+    assert runs({ids[0]: "ok", ids[1]: "ok"}) == {ids[0]: [4], ids[2]: []}
+    assert runs({ids[0]: "ok", ids[1]: "ok"}, there=late) == {ids[2]: []}
+    assert runs({ids[0]: "failed"}) == {ids[1]: [], ids[2]: []}
+    assert runs(dict.fromkeys(ids, "ok")) == {}
+
+
+def test_sweep_trains_trunks_nobody_asked_for_and_drops_their_checkpoints(
+    ray_cluster, tiny_corpus, store
+):
+    (trunk,) = small_specs(tiny_corpus, 1)
+    specs = branches_of(trunk, 2, 2) + branches_of(trunk, 6, 2)
+    status = run_sweep(specs, tiny_corpus, store, train_pack)
+    assert status == dict.fromkeys((s.run_id for s in specs), "ok")
+    assert store.get(trunk.run_id).status == "ok"
+    assert not store.filesystem.get_file_info(
+        fs.FileSelector(f"{store.root}/checkpoints", allow_not_found=True)
+    )
+    further = branches_of(trunk, 4, 1)
+    before = store.get(trunk.run_id)
+    assert run_sweep(further, tiny_corpus, store, train_pack) == {further[0].run_id: "ok"}
+    assert store.get(trunk.run_id) == before  # trained again, its record left alone
+
+
+def test_branches_of_a_parent_that_failed_are_failures_that_say_so(ray_cluster, tiny_corpus, store):
+    (trunk,) = small_specs(tiny_corpus, 1)
+    wild = dataclasses.replace(trunk, optimizer=dataclasses.replace(trunk.optimizer, lr=10.0))
+    specs = branches_of(wild, 6, 2)
+    assert set(run_sweep(specs, tiny_corpus, store, train_pack).values()) == {"failed"}
+    assert f"run {wild.run_id}, from which this run branches" in (
+        store.get(specs[0].run_id).failure.message
+    )
+
+
+def test_rounds_are_proposed_from_the_records_of_the_last_and_come_out_the_same_again(
+    ray_cluster, tiny_corpus, store, script
+):
+    pool = small_specs(tiny_corpus, 9)
+
+    def proposer():
+        """Return a proposer of two rounds, two runs each: those next to the best so far."""
+        asked = [spec.run_id for spec in pool[:3]]
+
+        def propose():
+            if len(asked) == 7:
+                return []
+            best = min(
+                asked, key=lambda run_id: store.get(run_id).losses["web"].bpb + hash_of(run_id)
+            )
+            rest = [s for s in pool if s.run_id not in asked]
+            chosen = sorted(rest, key=lambda s: s.run_id > best)[:2]
+            asked.extend(s.run_id for s in chosen)
+            return chosen
+
+        return propose
+
+    def value(run_id: str) -> float:
+        # Scripted losses are all alike, so the id decides.
+        return store.get(run_id).losses["web"].bpb + int(run_id, 16) / 16**12
+
+    first = run_sweep(pool[:3], tiny_corpus, store, script, propose=proposer())
+    assert set(first.values()) == {"ok"} and len(first) == 7 == len(script.calls())
+    lost = [run for run in first if run not in {s.run_id for s in pool[:3]}][:1]
+    store.remove(f"records/{lost[0]}.json")
+    store.remove("compact/runs.parquet")
+    again = run_sweep(pool[:3], tiny_corpus, store, script, propose=proposer())
+    assert again == first and script.calls()[7:] == lost
+    state = progress(store)
+    assert (state["total"], state["ok"]) == (7, 7)
 
 
 def test_real_sweep_trains_every_run_and_running_again_trains_none(

@@ -79,6 +79,10 @@ class Sampler:
             self.drawn_K[k] += len(items)
         return domain_B, sequence_B
 
+    def drawn(self) -> dict[str, int]:
+        """Return domain -> sequences read so far; with the step, all there is to know to go on."""
+        return {d: int(n) for d, n in zip(self.domains, self.drawn_K, strict=True)}
+
     def epochs(self) -> dict[str, float]:
         """Return the passes over each domain so far, domains not read left out."""
         passes_K = self.drawn_K / self._sequences_K

@@ -22,7 +22,7 @@ from rayx.errors import FitError, did_you_mean
 
 MIN_ROWS = 8
 SUM_TOLERANCE = 0.02  # RegMix's released weights are rounded to 3 decimals and sum to .996-1.003
-SCALE = ("corpus", "params", "tokens")  # columns in which the runs of a table agree
+SCALE = ("corpus", "params", "tokens", "trunk_tokens")  # columns in which the runs of a table agree
 MISSING = {"", "na", "nan", "null", "none"}
 
 

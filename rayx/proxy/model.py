@@ -9,6 +9,8 @@ Legend: R runs, B sequences, T context, D width, V vocabulary, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,15 +59,9 @@ def initial_parameters(shape: ModelShape, seed: int) -> dict[str, Tensor]:
     return parameters
 
 
-def stacked_parameters(
-    shape: ModelShape, seeds: list[int], device: torch.device
-) -> dict[str, Tensor]:
-    """Return the parameters of a pack, each of shape (R, ...) and requiring gradients."""
-    drawn = {seed: initial_parameters(shape, seed) for seed in set(seeds)}
-    return {
-        name: torch.stack([drawn[seed][name] for seed in seeds]).to(device).requires_grad_()
-        for name in parameter_shapes(shape)
-    }
+def stacked(tensors: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of R runs as one of shape (R, ...) each."""
+    return {n: torch.stack([t[n] for t in tensors]).to(device) for n in tensors[0]}
 
 
 class Rotary:
@@ -98,7 +94,7 @@ def token_losses(
     """Return the loss of each predicted token.
 
     Args:
-        parameters: As `stacked_parameters` makes them.
+        parameters: Name -> tensor of shape (R, ...).
         shape: The model's shape.
         rotary: Its position tables.
         tokens: Token ids, shape (R, B, T + 1).

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,86 +20,25 @@ import rayx
 from rayx.corpus import Corpus
 from rayx.corpus.sampler import Sampler, phase_mixtures, sequence_count, take
 from rayx.errors import SpecError
+from rayx.proxy.checkpoint import State, start_states, write_checkpoint
 from rayx.proxy.evaluate import evaluate, held_out
-from rayx.proxy.model import Rotary, stacked_parameters, token_losses
+from rayx.proxy.model import Rotary, stacked, token_losses
+from rayx.proxy.optimizer import PackedAdamW, lr_share
 from rayx.record import CurvePoint, Failure, Loss, Record
-from rayx.spec import LrSchedule, Optimizer, Precision, TrainSpec
+from rayx.spec import Parent, Precision, TrainSpec
+from rayx.store import Store
 
 DIVERGED_RATIO = 1.5  # of the untrained loss; a model this bad has left the region of learning
 BEAT_SECONDS = 2.0
 
 
-def lr_share(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Return the share of the peak learning rate at `step` of `steps` (from 0).
-
-    Linear warm-up over warmup_share of the steps; then WSD: 1 until the last decay_share, falling
-    linearly to min_lr_share; or cosine: min + (1 - min) (1 + cos(pi progress)) / 2.
-
-    Source: Hu et al. 2024, arXiv:2404.06395, section 4 (WSD); Loshchilov and Hutter 2017,
-        arXiv:1608.03983, eq. 5 (cosine).
-    """
-    warmup = round(optimizer.warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    low = optimizer.min_lr_share
-    if optimizer.lr_schedule is LrSchedule.COSINE:
-        progress = (step - warmup) / max(1, steps - warmup)
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay = round(optimizer.decay_share * steps)
-    left = steps - step
-    return 1.0 if left > decay else low + (1 - low) * left / (decay + 1)
-
-
-class PackedAdamW:
-    """AdamW in which each run of the pack has its own rate, decay and gradient norm.
-
-    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
-    Differs: norms are not decayed; each run's gradient is clipped to its own global norm.
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], specs: Sequence[TrainSpec]) -> None:
-        self.parameters = parameters
-        self.optimizer = specs[0].optimizer  # all but lr and weight_decay agree in a pack
-        device = parameters["norm"].device
-        self.lr_R = torch.tensor([s.optimizer.lr for s in specs], device=device)
-        self.decay_R = torch.tensor([s.optimizer.weight_decay for s in specs], device=device)
-        self.first = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        self.second = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        self.updates = 0
-
-    @torch.no_grad()
-    def step(self, lr_share: float, alive_R: Tensor) -> Tensor:
-        """Update the runs that are alive and return the gradient norms, shape (R,)."""
-        o = self.optimizer
-        self.updates += 1
-        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        squares = [g.flatten(1).square().sum(1) for g in grads.values()]
-        norm_R = torch.stack(squares).sum(0).sqrt()
-        alive_R = alive_R & norm_R.isfinite()
-        scale_R = (o.clip_norm / norm_R).clamp(max=1.0)
-        rate_R = self.lr_R * lr_share * alive_R
-        correct_1 = 1 - o.beta1**self.updates
-        correct_2 = 1 - o.beta2**self.updates
-        for name, grad in grads.items():
-            parameter, first, second = self.parameters[name], self.first[name], self.second[name]
-            column = (-1,) + (1,) * (grad.dim() - 1)
-            grad = torch.where(alive_R.view(column), grad * scale_R.view(column), 0.0)
-            first.lerp_(grad, 1 - o.beta1)
-            second.mul_(o.beta2).addcmul_(grad, grad, value=1 - o.beta2)
-            update = (first / correct_1).div_((second / correct_2).sqrt_().add_(o.eps))
-            if not name.endswith("norm"):
-                update.add_(parameter * self.decay_R.view(column))
-            parameter.sub_(update.mul_(rate_R.view(column)))
-            self.parameters[name].grad = None
-        return norm_R
-
-
 class _Batches:
     """The batches of a pack: each run's own mixture and seeds over one set of shards."""
 
-    def __init__(self, corpus: Corpus, specs: Sequence[TrainSpec]) -> None:
+    def __init__(self, corpus: Corpus, specs: Sequence[TrainSpec], states: Sequence[State]) -> None:
         context = specs[0].model.context
-        wanted = {d for s in specs for p in s.schedule.phases for d in p.mixture}
+        # Ancestors' domains stay, so that a branch that reads them again goes on where they were.
+        wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
         for spec in specs:
             spec.schedule.average().check(corpus.domains, f"corpus {corpus.fingerprint}")
         self.shards = {d: corpus.train(d) for d in corpus.domains if d in wanted}
@@ -112,6 +52,9 @@ class _Batches:
         self.context = context
         batch = specs[0].optimizer.batch_sequences
         self.samplers = [Sampler(sequences, batch, spec.data_seed) for spec in specs]
+        for sampler, state in zip(self.samplers, states, strict=True):
+            sampler.drawn_K[:] = [state.drawn.get(d, 0) for d in sampler.domains]
+        self.first_step = specs[0].parent.path_steps if specs[0].parent else 0
         self.mixtures = [
             phase_mixtures(spec.schedule, spec.steps, spec.batch_tokens) for spec in specs
         ]
@@ -121,7 +64,7 @@ class _Batches:
         shards = list(self.shards.values())
         rows = []
         for sampler, mixtures in zip(self.samplers, self.mixtures, strict=True):
-            domain_B, sequence_B = sampler.step(step, mixtures[step])
+            domain_B, sequence_B = sampler.step(self.first_step + step, mixtures[step])
             batch = np.empty((len(domain_B), self.context + 1), dtype=np.int64)
             for k in np.unique(domain_B):
                 at = domain_B == k
@@ -155,6 +98,8 @@ def train_pack(
     commit: str = "",
     device: str = "cpu",
     on_progress: Callable[[int], None] = lambda tokens: None,
+    store: Store | None = None,
+    keep: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> list[Record]:
     """Train runs of one pack_key together and return their records, in the order of `specs`.
 
@@ -168,9 +113,12 @@ def train_pack(
         commit: Git commit, written into the records.
         device: A torch device.
         on_progress: Called every two seconds with the tokens done by each run.
+        store: Where checkpoints of parents are, and where those of `keep` go.
+        keep: run_id -> steps after which a checkpoint is written, for the branches to come.
 
     Raises:
         SpecError: The specs cannot share a pack or do not fit the corpus.
+        StoreError: The checkpoint of a parent is missing or damaged.
     """
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     spec, place = specs[0], torch.device(device)
@@ -182,10 +130,18 @@ def train_pack(
             "Give the corpus that the specs were made for."
         )
     shape, evaluation = spec.model, spec.evaluation
-    batches = _Batches(corpus, specs)
+    states = start_states(specs, store)
+    batches = _Batches(corpus, specs, states)
     targets = held_out(corpus, shape.context, evaluation.sequences, place)
-    parameters = stacked_parameters(shape, [s.seed for s in specs], place)
-    optimizer = PackedAdamW(parameters, specs)
+    parameters = stacked([s.parameters for s in states], place)
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    optimizer = PackedAdamW(
+        parameters,
+        stacked([s.first for s in states], place),
+        stacked([s.second for s in states], place),
+        specs,
+    )
     rotary = Rotary(shape, place)
     autocast = torch.autocast(
         place.type, torch.bfloat16, enabled=spec.precision is Precision.BFLOAT16
@@ -230,6 +186,13 @@ def train_pack(
                     curves[run].append(
                         CurvePoint(step + 1, (step + 1) * spec.batch_tokens, by_target)
                     )
+        for run, s in enumerate(specs):
+            if step + 1 in keep.get(s.run_id, ()) and failures[run] is None and store is not None:
+                state = State(
+                    *({n: t[run] for n, t in tensors.items()} for tensors in optimizer.tensors),
+                    drawn=batches.samplers[run].drawn(),
+                )
+                write_checkpoint(store, Parent(s, step + 1).checkpoint, state)
         if time.perf_counter() - last_beat > BEAT_SECONDS:
             last_beat = time.perf_counter()
             on_progress((step + 1) * spec.batch_tokens)

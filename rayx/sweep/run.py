@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +17,15 @@ from ray import tune
 
 from rayx.corpus import Corpus
 from rayx.errors import SpecError, SweepError
-from rayx.mixture import Schedule, epochs
 from rayx.progress import duration, progress, progress_line
-from rayx.spec import Evaluation, TrainSpec
+from rayx.spec import TrainSpec
 from rayx.store import Store
-from rayx.sweep.packs import PackSearcher, form_packs
+from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
 from rayx.sweep.trial import PackTrial, Surroundings, TrainPack
 from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_SECONDS = 1.0  # of steps, in an estimate
 TRIES = 3  # of a pack whose process dies, beyond the first
 
 
@@ -73,11 +70,11 @@ def check(specs: Sequence[TrainSpec], corpus: Corpus, max_epochs: float | None) 
                 f"{who} has a vocabulary of {spec.model.vocab_size}, the corpus' tokenizer one of "
                 f"{corpus.vocab_size}. Set ModelShape.vocab_size to at least that."
             )
-        average = spec.schedule.average()
-        average.check(corpus.domains, f"corpus {corpus.url}")
+        spec.schedule.average().check(corpus.domains, f"corpus {corpus.url}")
         if max_epochs is None:
             continue
-        for domain, passes in epochs(average, spec.tokens, corpus.tokens).items():
+        for domain, tokens in spec.domain_tokens.items():
+            passes = tokens / corpus.tokens[domain]
             if passes > max_epochs * 1.01:  # whole batches may round a cap up a little
                 raise SpecError(
                     f"{who} passes {passes:.2f} times over domain {domain!r} "
@@ -95,11 +92,14 @@ def run_sweep(
     placement: Placement | None = None,
     max_epochs: float | None = None,
     retry_failed: bool = False,
+    propose: Callable[[], Sequence[TrainSpec]] = lambda: (),
 ) -> dict[str, str]:
     """Train the specs that have no record yet.
 
     Running it again runs only what is missing. A driver that is killed loses nothing that was
-    recorded; a worker that dies costs at most its pack, which is started again.
+    recorded; a worker that dies costs at most its pack, which is started again. Parents are trained
+    before their branches, also those that nobody asked for, and a branch starts as soon as its
+    checkpoint is there; when the sweep has ended, the checkpoints that it needed are dropped.
 
     Args:
         specs: The runs wanted; equal ones are run once.
@@ -109,70 +109,97 @@ def run_sweep(
         placement: The cluster and the size of a trial.
         max_epochs: Refuse specs that pass over a domain more often.
         retry_failed: Also run again what has failed.
+        propose: Called when all runs known so far have ended (a round); returns the runs of the
+            next round, or none to end. A function of the records and a seed gives the same rounds
+            however often the sweep is interrupted.
 
     Returns:
-        run_id -> `ok` or `failed` for every spec.
+        run_id -> `ok` or `failed` for every spec, those proposed included.
 
     Raises:
         SpecError: A spec cannot be trained; nothing was started.
         SweepError: The cluster cannot hold a trial, or packs died again and again.
     """
-    placement = placement or Placement()
-    specs = list({spec.run_id: spec for spec in specs}.values())
-    check(specs, corpus, max_epochs)
-    # Reading the records, not only listing them, finds damaged ones: those runs are redone.
-    ended = {record.run_id: record.status for record in store.records()}
-    if retry_failed:
-        ended = {run_id: status for run_id, status in ended.items() if status == "ok"}
-    missing = frozenset(spec.run_id for spec in specs) - ended.keys()
-    if missing:
-        for run_id in missing & set(store.names("records")):
-            store.remove(f"records/{run_id}.json")  # damaged, or it would be read above
-        packs = {
-            pack_id: members
-            for pack_id, members in form_packs(specs, placement.pack_size).items()
-            if any(spec.run_id in missing for spec in members)
-        }
-        for pack_id, members in packs.items():
-            store.put_pack(pack_id, members)
-        log.info("%d of %d runs to do, in %d packs", len(missing), len(specs), len(packs))
-        _train(specs, missing, list(packs), corpus, store, train_pack, placement)
+    sweep = _Sweep(corpus, store, placement or Placement(), max_epochs)
+
+    def next_round() -> list[Pack]:
+        """Return what is missing of the next round; rounds that are all on record are passed."""
+        while new := [spec for spec in propose() if spec.run_id not in sweep.asked]:
+            if packs := sweep.add(new, retry_failed):
+                return packs
+        return []
+
+    packs = sweep.add(specs, retry_failed) or next_round()
+    if packs:
+        _train(sweep, packs, train_pack, next_round)
     status = store.status()
-    lost = [spec.run_id for spec in specs if spec.run_id not in status]
+    lost = [run_id for run_id in sweep.asked if run_id not in status]
     if lost:
         raise SweepError(
-            f"{len(lost)} of {len(specs)} runs have no record (first: {lost[0]}): the sweep was "
-            f"interrupted, or their processes died {TRIES + 1} times each (see Ray's logs; out of "
-            "memory is the usual cause, then a smaller pack_size helps). Run again to go on."
+            f"{len(lost)} of {len(sweep.asked)} runs have no record (first: {lost[0]}): the sweep "
+            f"was interrupted, or their processes died {TRIES + 1} times each (see Ray's logs; out "
+            "of memory is the usual cause, then a smaller pack_size helps). Run again to go on."
         )
-    return {spec.run_id: status[spec.run_id] for spec in specs}
+    for spec in with_ancestors(list(sweep.asked.values())):
+        if spec.parent is not None and store.exists(spec.parent.checkpoint):
+            store.remove(spec.parent.checkpoint)
+    return {run_id: status[run_id] for run_id in sweep.asked}
+
+
+class _Sweep:
+    """What is asked for so far, and the packs that it takes."""
+
+    def __init__(
+        self, corpus: Corpus, store: Store, placement: Placement, max_epochs: float | None
+    ) -> None:
+        self.corpus, self.store, self.placement = corpus, store, placement
+        self.max_epochs = max_epochs
+        self.asked: dict[str, TrainSpec] = {}
+        self.sweep_id = ""
+
+    def add(self, specs: Sequence[TrainSpec], retry_failed: bool) -> list[Pack]:
+        """Ask for further runs; return the packs of those that have no record."""
+        new = {spec.run_id: spec for spec in specs}
+        check(list(new.values()), self.corpus, self.max_epochs)
+        self.asked |= new
+        # Reading the records, not only listing them, finds damaged ones: those runs are redone.
+        ended = {record.run_id: record.status for record in self.store.records()}
+        if retry_failed:
+            ended = {run_id: status for run_id, status in ended.items() if status == "ok"}
+        packs = missing_packs(
+            list(new.values()), self.placement.pack_size, ended, self.store.exists
+        )
+        runs = {run_id for pack in packs for run_id in pack.runs}
+        for run_id in (runs - ended.keys()) & set(self.store.names("records")):
+            self.store.remove(f"records/{run_id}.json")  # damaged, or it would be read above
+        for pack in packs:
+            self.store.put_pack(pack.pack_id, pack.specs)
+        if packs:
+            log.info("%d of %d runs to do, in %d packs", len(runs), len(new), len(packs))
+            self._announce(runs)
+        return packs
+
+    def _announce(self, missing: Iterable[str]) -> None:
+        """Write what is asked for, and how much of it was done before."""
+        tokens = {spec.run_id: spec.tokens for spec in with_ancestors(list(self.asked.values()))}
+        known = self.store.facts(f"sweeps/{self.sweep_id}.json") if self.sweep_id else None
+        if known is None:
+            ids = ",".join(sorted(tokens))
+            self.sweep_id = hashlib.sha256(ids.encode()).hexdigest()[:12]
+            before = sum(tokens.values()) - sum(tokens[run_id] for run_id in missing)
+            known = {"tokens_before": before, "started": time.time(), "corpus": self.corpus.url}
+        self.store.write_json(f"sweeps/{self.sweep_id}.json", {**known, "tokens": tokens})
 
 
 def _train(
-    specs: list[TrainSpec],
-    missing: frozenset[str],
-    packs: list[str],
-    corpus: Corpus,
-    store: Store,
-    train_pack: TrainPack,
-    placement: Placement,
+    sweep: _Sweep, packs: list[Pack], train_pack: TrainPack, more: Callable[[], list[Pack]]
 ) -> None:
+    store, placement = sweep.store, sweep.placement
     connect(placement)
-    sweep_id = hashlib.sha256(",".join(sorted(s.run_id for s in specs)).encode()).hexdigest()[:12]
-    tokens = {spec.run_id: spec.tokens for spec in specs}
-    store.write_json(
-        f"sweeps/{sweep_id}.json",
-        {
-            "tokens": tokens,
-            "tokens_before": sum(n for run_id, n in tokens.items() if run_id not in missing),
-            "started": time.time(),
-            "corpus": corpus.url,
-        },
-    )
-    watcher = Watcher(store, sweep_id)
+    watcher = Watcher(store, sweep.sweep_id)
     watcher.start()
     surroundings = Surroundings(
-        absolute(store.url), absolute(corpus.url), train_pack, git_commit(), missing
+        absolute(store.url), absolute(sweep.corpus.url), train_pack, git_commit()
     )
     trainable = tune.with_resources(
         tune.with_parameters(PackTrial, surroundings=surroundings),
@@ -186,7 +213,9 @@ def _train(
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
-                    search_alg=PackSearcher(packs), num_samples=-1, reuse_actors=True
+                    search_alg=PackSearcher(packs, store.exists, more),
+                    num_samples=-1,
+                    reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     storage_path=scratch,
@@ -198,9 +227,9 @@ def _train(
             ).fit()
     finally:
         watcher.stop()
-        store.beat(f"drivers/{sweep_id}", state="stopped")
+        store.beat(f"drivers/{sweep.sweep_id}", state="stopped")
         store.compact()
-        state = progress(store, sweep_id)
+        state = progress(store, sweep.sweep_id)
         log.info("%s in %s", progress_line(state), duration(state["seconds"]))
 
 
@@ -247,58 +276,6 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head + ("+dirty" if changed else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a sweep will take."""
-
-    runs: int
-    tokens: int
-    flops: float
-    seconds: float  # of one process, packs one after another
-
-
-def estimate(
-    specs: Sequence[TrainSpec], corpus: Corpus, train_pack: TrainPack, placement: Placement
-) -> Estimate:
-    """Estimate a sweep's cost from a short calibration here, for each shape of run.
-
-    Differences of short runs give the time of a step (over about a second of steps), of one
-    evaluation and of the set-up.
-    """
-    together = placement.pack_size if placement.gpus else 1
-    device = "cuda" if placement.gpus else "cpu"
-    seconds = 0.0
-    groups: dict[str, list[TrainSpec]] = {}
-    for spec in specs:
-        groups.setdefault(spec.pack_key, []).append(spec)
-    for group in groups.values():
-        pack, spec = group[:together], group[0]
-
-        def timed(steps: int, sequences: int = 1, pack: list[TrainSpec] = pack) -> float:
-            short = [
-                dataclasses.replace(
-                    s,
-                    schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
-                    evaluation=Evaluation(points=1, sequences=sequences),
-                )
-                for s in pack
-            ]
-            began = time.perf_counter()
-            train_pack(
-                short, corpus, pack_id="", commit="", device=device, on_progress=lambda tokens: None
-            )
-            return time.perf_counter() - began
-
-        timed(1)  # warms caches
-        base = timed(2)
-        more = max(4, min(100, round(CALIBRATION_SECONDS / max(1e-3, (timed(6) - base) / 4))))
-        step = max(0.0, timed(2 + more) - base) / more
-        evaluation = max(0.0, timed(2, spec.evaluation.sequences) - base)
-        whole = base + step * (spec.steps - 2) + evaluation * spec.evaluation.points
-        seconds += whole * len(group) / len(pack)
-    return Estimate(len(specs), sum(s.tokens for s in specs), sum(s.flops for s in specs), seconds)
 
 
 def absolute(url: str) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import ray
@@ -20,8 +21,8 @@ from ray.train.torch import TorchTrainer
 from rayx.corpus import Corpus
 from rayx.errors import StoreError
 from rayx.record import Failure, Record
-from rayx.spec import TrainSpec
-from rayx.store import open_store
+from rayx.spec import Parent, TrainSpec
+from rayx.store import Store, open_store
 
 
 class TrainPack(Protocol):
@@ -36,6 +37,8 @@ class TrainPack(Protocol):
         commit: str,
         device: str,
         on_progress: Callable[[int], None],
+        store: Store | None = None,
+        keep: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> list[Record]: ...
 
 
@@ -47,7 +50,6 @@ class Surroundings:
     corpus_url: str
     train_pack: TrainPack
     commit: str
-    run_ids: frozenset[str]  # the runs to train; others of their packs are done already
 
 
 class PackTrial(tune.Trainable):
@@ -72,12 +74,11 @@ class PackTrial(tune.Trainable):
         again; an exception in a run becomes its failure record, so that it burns no retry and
         takes no other run with it.
         """
-        pack_id = self.config["pack"]
+        pack_id, self.keep = self.config["pack"], self.config["runs"]
         specs = [
             spec
             for spec in self.store.get_pack(pack_id)
-            if spec.run_id in self.surroundings.run_ids
-            and not self.store.exists(f"records/{spec.run_id}.json")
+            if spec.run_id in self.keep and not self._is_done(spec)
         ]
         if specs:
             trainer = TorchTrainer(
@@ -86,6 +87,11 @@ class PackTrial(tune.Trainable):
             )
             trainer.fit()
         return {"runs": len(specs), "done": True}
+
+    def _is_done(self, spec: TrainSpec) -> bool:
+        """Whether an earlier try of this pack got through with the run."""
+        wanted = [Parent(spec, step).checkpoint for step in self.keep[spec.run_id]]
+        return all(map(self.store.exists, (f"records/{spec.run_id}.json", *wanted)))
 
     def _train_all(self, pack_id: str, specs: list[TrainSpec]) -> None:
         if ray.get_gpu_ids():
@@ -109,6 +115,8 @@ class PackTrial(tune.Trainable):
                 commit=self.surroundings.commit,
                 device=device,
                 on_progress=lambda tokens: self._beat(pack_id, specs, tokens),
+                store=self.store,
+                keep=self.keep,
             )
         except Exception as error:  # the worker's edge: whatever it is, it goes on record
             if len(specs) > 1:
@@ -118,7 +126,9 @@ class PackTrial(tune.Trainable):
                 return
             records = [failed_record(specs[0], error, pack_id, self.surroundings.commit)]
         for record in records:
-            self.store.put(record)
+            # A parent that was trained again for its checkpoint keeps the record that it has.
+            if not self.store.exists(f"records/{record.run_id}.json"):
+                self.store.put(record)
 
     def _beat(self, pack_id: str, specs: list[TrainSpec], tokens: int) -> None:
         # A heartbeat that cannot be written must not cost the pack; its records will be.

@@ -1,0 +1,71 @@
+"""What a sweep will take, from a short calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayx.corpus import Corpus
+from rayx.mixture import Schedule
+from rayx.spec import Evaluation, TrainSpec
+from rayx.sweep.packs import with_ancestors
+from rayx.sweep.run import Placement
+from rayx.sweep.trial import TrainPack
+
+CALIBRATION_SECONDS = 1.0  # of steps
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a sweep will take."""
+
+    runs: int
+    tokens: int
+    flops: float
+    seconds: float  # of one process, packs one after another
+
+
+def estimate(
+    specs: Sequence[TrainSpec], corpus: Corpus, train_pack: TrainPack, placement: Placement
+) -> Estimate:
+    """Estimate a sweep's cost from a short calibration here, for each shape of run.
+
+    Differences of short runs give the time of a step (over about a second of steps), of one
+    evaluation and of the set-up.
+    """
+    together = placement.pack_size if placement.gpus else 1
+    device = "cuda" if placement.gpus else "cpu"
+    seconds = 0.0
+    groups: dict[str, list[TrainSpec]] = {}
+    specs = with_ancestors(specs)
+    for spec in specs:
+        groups.setdefault(spec.pack_key, []).append(spec)
+    for group in groups.values():
+        pack, spec = group[:together], group[0]
+
+        def timed(steps: int, sequences: int = 1, pack: list[TrainSpec] = pack) -> float:
+            short = [
+                dataclasses.replace(
+                    s,
+                    schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
+                    evaluation=Evaluation(points=1, sequences=sequences),
+                    parent=None,
+                )
+                for s in pack
+            ]
+            began = time.perf_counter()
+            train_pack(
+                short, corpus, pack_id="", commit="", device=device, on_progress=lambda tokens: None
+            )
+            return time.perf_counter() - began
+
+        timed(1)  # warms caches
+        base = timed(2)
+        more = max(4, min(100, round(CALIBRATION_SECONDS / max(1e-3, (timed(6) - base) / 4))))
+        step = max(0.0, timed(2 + more) - base) / more
+        evaluation = max(0.0, timed(2, spec.evaluation.sequences) - base)
+        whole = base + step * (spec.steps - 2) + evaluation * spec.evaluation.points
+        seconds += whole * len(group) / len(pack)
+    return Estimate(len(specs), sum(s.tokens for s in specs), sum(s.flops for s in specs), seconds)
