@@ -4,7 +4,7 @@ A cap is the largest share that a domain may get, mostly because its tokens woul
 often (`supply_caps`). Caps hold exactly, also after weights are rounded to millionths: `Borders`
 rounds caps down and floors up first and shares the millionths between them.
 
-Legend: K domains.
+Legend: M mixtures, of which L are left to be done, K domains.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def cap_weights(
 
     One pass of clipping and renormalising is not enough (it pushes earlier domains back over
     their caps), so borders are fixed round by round: exact after at most K rounds of O(K), in
-    practice two or three.
+    practice two or three. `fill` does it for many mixtures at once.
 
     Args:
         weights_K: Shape (K,), >= 0, in any unit; all zero means equal.
@@ -104,7 +104,9 @@ def cap_weights(
             f"Caps add up to {caps_K.sum():.6g}, floors to {floors_K.sum():.6g}; expected at "
             "least 1 and at most 1. Raise a cap or lower a floor."
         )
-    return _fill(weights_K, floors_K, caps_K, 1.0)
+    if not weights_K.any():
+        weights_K = np.ones_like(weights_K)
+    return fill(weights_K[None], floors_K, caps_K, 1.0)[0]
 
 
 class Borders:
@@ -155,7 +157,8 @@ class Borders:
 
     def round(self, weights_K: np.ndarray) -> np.ndarray:
         """Return the millionths, shape (K,), nearest to `weights_K` in the sense of cap_weights."""
-        parts_K = _fill(weights_K, self.lower_K, self.upper_K, WHOLE)
+        weights_K = weights_K if weights_K.any() else np.ones(len(weights_K))
+        parts_K = fill(weights_K[None], self.lower_K, self.upper_K, WHOLE)[0]
         # Between integer borders, rounding down or up stays between them.
         return largest_remainder(parts_K, WHOLE)
 
@@ -164,40 +167,45 @@ class Borders:
         return Mixture.from_array(self.round(weights_K), self.domains)
 
 
-def _fill(
-    weights_K: np.ndarray, lower_K: np.ndarray, upper_K: np.ndarray, total: float
+def fill(
+    weights_MK: np.ndarray, lower_K: np.ndarray, upper_K: np.ndarray, total: float
 ) -> np.ndarray:
-    """Return min(max(t * w, lower), upper) with the t that makes them add up to `total`."""
-    result_K = np.array(lower_K, dtype=np.float64)
-    free_K = weights_K > 0
-    rest = total - result_K[~free_K].sum()
-    if upper_K[free_K].sum() < rest and not free_K.all():
-        result_K[free_K] = upper_K[free_K]
-        zero_K = ~free_K
-        result_K[zero_K] = _fill(
-            np.ones(zero_K.sum()), lower_K[zero_K], upper_K[zero_K], total - result_K[free_K].sum()
-        )
-        return result_K
-    while free_K.any():
+    """Bring many mixtures between bounds; see `cap_weights`, which checks its arguments.
+
+    Args:
+        weights_MK: Shape (M, K), >= 0, no row all zero.
+        lower_K: Least values; their sum is at most `total`.
+        upper_K: Largest values; their sum is at least `total`.
+        total: What every row adds up to.
+
+    Returns:
+        min(max(t * w, lower), upper), shape (M, K), with the t of each row that gives the total.
+    """
+    free_MK = weights_MK > 0
+    most_M = np.where(free_MK, upper_K, lower_K).sum(1)
+    # Where caps stop all that have a weight, those stay there and the others share equally.
+    spills_M1 = ((most_M < total) & ~free_MK.all(1))[:, None]
+    result_MK = np.where(spills_M1 & free_MK, upper_K, lower_K).astype(np.float64)
+    weights_MK = np.where(spills_M1, 1.0, weights_MK)
+    free_MK = free_MK ^ spills_M1
+    left_M = np.arange(len(weights_MK))
+    while len(left_M):
+        free_LK = free_MK[left_M]
+        w_LK = np.where(free_LK, weights_MK[left_M], 0.0)
         # Relative to the largest, weights as small as 1e-300 neither vanish nor overflow.
-        relative = weights_K[free_K] / weights_K[free_K].max()
-        shares = rest * relative / relative.sum()
-        lower, upper = lower_K[free_K], upper_K[free_K]
-        over, under = shares - upper, lower - shares
+        w_LK /= np.maximum(w_LK.max(1, keepdims=True), np.finfo(float).tiny)
+        rest_L1 = total - np.where(free_LK, 0.0, result_MK[left_M]).sum(1, keepdims=True)
+        share_LK = rest_L1 * w_LK / np.maximum(w_LK.sum(1, keepdims=True), np.finfo(float).tiny)
+        over_LK = np.where(free_LK, np.maximum(share_LK - upper_K, 0.0), 0.0)
+        under_LK = np.where(free_LK, np.maximum(lower_K - share_LK, 0.0), 0.0)
         # If the caps cut off more than the floors add, t can only rise: what is over stays over.
-        at_border, border = (
-            (over > 0, upper)
-            if over[over > 0].sum() >= under[under > 0].sum()
-            else (under > 0, lower)
-        )
-        if not at_border.any():
-            result_K[free_K] = shares
-            break
-        fixed = np.flatnonzero(free_K)[at_border]
-        result_K[fixed] = border[at_border]
-        free_K[fixed] = False
-        rest -= border[at_border].sum()
-    return result_K
+        rises_L1 = over_LK.sum(1, keepdims=True) >= under_LK.sum(1, keepdims=True)
+        fixed_LK = np.where(rises_L1, over_LK, under_LK) > 0
+        value_LK = np.where(fixed_LK, np.where(rises_L1, upper_K, lower_K), share_LK)
+        result_MK[left_M] = np.where(free_LK, value_LK, result_MK[left_M])
+        free_MK[left_M] = free_LK & ~fixed_LK
+        left_M = left_M[fixed_LK.any(1)]
+    return result_MK
 
 
 def _round_down(share: float) -> int:

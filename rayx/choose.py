@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayx.errors import ChoiceError, did_you_mean
-from rayx.fit.constraints import Constraints, capped
+from rayx.constraints import Constraints, Group
 from rayx.fit.fitted import FittedTable, normalised_objective
 
-__all__ = ["Baseline", "Choice", "Constraints", "capped", "choose", "simulate"]
+__all__ = ["Baseline", "Choice", "Constraints", "Group", "choose", "simulate"]
 
 STRENGTHS = np.logspace(np.log10(0.1), np.log10(5.0), 15)
 TEMPER = 0.5

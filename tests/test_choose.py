@@ -5,12 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from rayx.caps import cap_weights
-from rayx.choose import Choice, Constraints, capped, choose, simulate
+from rayx.choose import Choice, Constraints, choose, simulate
 from rayx.errors import ChoiceError, RayxError
 from rayx.fit import Table, fit_table
 
@@ -18,97 +15,6 @@ DOMAINS: tuple[str, ...] = ("books", "code", "math", "news", "web", "wiki")
 K = len(DOMAINS)
 TARGETS = ("x", "y", "z")
 OBJECTIVE = {"x": 2.0, "y": 1.0, "z": 1.0}
-
-
-# --- floors and caps ---
-
-
-@st.composite
-def bounded_weights(draw):
-    """(weights_MK, caps_K, floors_K) that some mixture satisfies, with zeros and tight caps."""
-    num_domains = draw(st.integers(1, 7))
-    share = st.one_of(st.just(0.0), st.floats(1e-8, 1.0))
-    weights_MK = np.array(
-        draw(
-            st.lists(
-                st.lists(share, min_size=num_domains, max_size=num_domains),
-                min_size=1,
-                max_size=4,
-            )
-        )
-    )
-    weights_MK[weights_MK.sum(1) == 0] = 1.0
-    target_K = np.array(draw(st.lists(share, min_size=num_domains, max_size=num_domains))) + 1e-3
-    target_K /= target_K.sum()
-    stretch = draw(st.lists(st.floats(0, 1), min_size=2 * num_domains, max_size=2 * num_domains))
-    caps_K = np.minimum(1.0, target_K * (1 + 3 * np.array(stretch[:num_domains])))
-    floors_K = target_K * np.array(stretch[num_domains:])
-    return weights_MK, caps_K, floors_K
-
-
-@settings(max_examples=300, deadline=None)
-@given(bounded_weights())
-def test_capped_keeps_every_bound_and_sums_to_one(case):
-    weights_MK, caps_K, floors_K = case
-    result_MK = capped(weights_MK, caps_K, floors_K)
-    np.testing.assert_allclose(result_MK.sum(1), 1.0, rtol=0, atol=1e-12)
-    assert (result_MK <= caps_K + 1e-12).all()
-    assert (result_MK >= floors_K - 1e-12).all()
-    np.testing.assert_allclose(capped(result_MK, caps_K, floors_K), result_MK, atol=1e-12)
-    average_K = result_MK.mean(0)  # the feasible set is convex
-    assert (average_K <= caps_K + 1e-12).all() and (average_K >= floors_K - 1e-12).all()
-
-
-@settings(max_examples=200, deadline=None)
-@given(bounded_weights())
-def test_capped_scales_free_domains_by_one_factor(case):
-    weights_MK, caps_K, floors_K = case
-    weights_MK = weights_MK + 1e-6  # positive weights: rayx.caps shares out zeros differently
-    result_MK = capped(weights_MK, caps_K, floors_K)
-    for weights_K, result_K in zip(weights_MK, result_MK, strict=True):
-        np.testing.assert_allclose(result_K, cap_weights(weights_K, caps_K, floors_K), atol=1e-9)
-
-
-def test_capped_second_domain_pushed_over_by_the_first_is_capped_too():
-    # One pass of clip and renormalise gives (.4, .36, .24): over the cap of .35.
-    result = capped(np.array([[0.5, 0.3, 0.2]]), np.array([0.4, 0.35, 1.0]), np.zeros(3))
-    np.testing.assert_allclose(result, [[0.4, 0.35, 0.25]])
-
-
-def test_capped_rest_goes_to_absent_domains_where_there_is_room():
-    result = capped(np.array([[1.0, 0.0, 0.0]]), np.array([0.4, 0.2, 1.0]), np.zeros(3))
-    np.testing.assert_allclose(result, [[0.4, 0.1, 0.5]])
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: Constraints(("a", "b"), np.zeros(2), np.array([0.3, 0.2])), "caps sum to 0.5"),
-        (lambda: Constraints(("a", "b"), np.array([0.7, 0.6]), np.ones(2)), "floors sum to 1.3"),
-        (
-            lambda: Constraints(("a", "b"), np.array([0.5, 0]), np.array([0.2, 1])),
-            r"floor of 'a' \(0.5\) is above its cap \(0.2\)",
-        ),
-        (lambda: Constraints(("a", "b"), np.zeros(2), np.array([np.nan, 1])), "cap of 'a' is nan"),
-        (lambda: Constraints(("a", "b"), np.array([-0.1, 0]), np.ones(2)), "floor of 'a' is -0.1"),
-        (lambda: Constraints(("a", "b"), np.zeros(3), np.ones(2)), "floors have shape"),
-        (lambda: Constraints.by_name(("web", "code"), {"coed": 0.1}), "Did you mean 'code'"),
-        (lambda: Constraints.from_supply({"a": 10, "b": 20}, 1000, 4), "max_epochs is 4"),
-        (
-            lambda: Constraints.from_supply({"a": 10, "b": 2000}, 1000, 4, {"a": 0.1}),
-            "floor of 'a' .* above its cap",
-        ),
-    ],
-)
-def test_constraints_conflict_is_named(make, words):
-    with pytest.raises(ChoiceError, match=words):
-        make()
-
-
-def test_constraints_from_supply_caps_are_epochs_of_the_budget():
-    bounds = Constraints.from_supply({"a": 10, "b": 2000}, budget_tokens=1000, max_epochs=4)
-    np.testing.assert_allclose(bounds.caps_K, [0.04, 1.0])
-    assert bounds.domains == ("a", "b") and (bounds.floors_K == 0).all()
 
 
 # --- a planted world: three inverse-power targets with a small interaction, caps, noise ---
