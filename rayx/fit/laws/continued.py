@@ -227,11 +227,11 @@ def compute_optimal(law: DCPT, flops: float, ratio: float) -> tuple[float, float
     """
     if not 0.0 < ratio <= 1.0:
         raise ChoiceError(f"ratio is {ratio:g}; expected a share in (0, 1]")
-    learned = vars(law)
-    scale = learned["B_"] * ratio ** learned["eta_"]
-    balance = learned["alpha_"] * learned["A_"] / (learned["beta_"] * scale)
-    log_params = np.log(balance) + learned["beta_"] * np.log(flops / 6.0)
-    params = float(np.exp(log_params / (learned["alpha_"] + learned["beta_"])))
+    p = law.params_
+    scale = p["B"] * ratio ** p["eta"]
+    balance = p["alpha"] * p["A"] / (p["beta"] * scale)
+    log_params = np.log(balance) + p["beta"] * np.log(flops / 6.0)
+    params = float(np.exp(log_params / (p["alpha"] + p["beta"])))
     return params, flops / 6.0 / params
 
 

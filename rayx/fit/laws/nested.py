@@ -19,6 +19,9 @@ from rayx.fit.laws.law import Inputs, Law, Parameter, Theta
 from rayx.fit.laws.mixture import Exponential
 
 
+FEWEST = 5  # points for the three parameters of a power law
+
+
 class PowerFall(Law):
     """L(x) = E + A / x^alpha in the one input that a subclass names."""
 
@@ -89,15 +92,15 @@ def nested_mixture_law(
         The law at the target's scale; `predict` takes mixtures that were never run.
 
     Raises:
-        FitError: A run has too few evaluations, or a mixture too few sizes, for three parameters.
+        FitError: A run has fewer than 5 evaluations, or a mixture fewer than 5 sizes.
 
     Source: Ye et al. 2024, arXiv:2403.16952, the nested use of scaling laws.
-    Differs: tokens in place of steps.
+    Differs: tokens in place of steps; at least 5 sizes, where the paper has 4.
     """
     runs, run_R = np.unique(np.column_stack([weights_RK, params_R]), axis=0, return_inverse=True)
     run_R = run_R.reshape(-1)
     at_tokens = [
-        read(TokenLaw(), tokens_R[run_R == run], loss_R[run_R == run], tokens, runs[run])
+        read(TokenLaw(), tokens_R[run_R == run], loss_R[run_R == run], tokens, f"run {runs[run]}")
         for run in range(len(runs))
     ]
     mixtures_GK, mixture_U = np.unique(runs[:, :-1], axis=0, return_inverse=True)
@@ -108,18 +111,18 @@ def nested_mixture_law(
             runs[mixture_U == g, -1],
             np.array(at_tokens)[mixture_U == g],
             params,
-            mixtures_GK[g],
+            f"mixture {mixtures_GK[g]}",
         )
         for g in range(len(mixtures_GK))
     ]
     return Exponential().fit(mixtures_GK, np.array(at_params))
 
 
-def read(law: Law, scale_R: np.ndarray, loss_R: np.ndarray, at: float, run: np.ndarray) -> float:
+def read(law: Law, scale_R: np.ndarray, loss_R: np.ndarray, at: float, of: str) -> float:
     """Fit a law of one input and read it at one value."""
-    if len(np.unique(scale_R)) < 3:
+    if len(scale_R) < FEWEST:
         raise FitError(
-            f"The {law.name} law has 3 parameters, and run or mixture {run} has {law.inputs[0]} at "
-            f"{len(np.unique(scale_R))} values only; run more of them"
+            f"The {law.name} law of {of} has {len(scale_R)} points in {law.inputs[0]}; expected at "
+            f"least {FEWEST}. Evaluate more often, or add sizes."
         )
     return float(law.fit(scale_R, loss_R).predict(np.array([at]))[0])
