@@ -75,9 +75,14 @@ class Problem:
         """Bounded parameters of the data as given."""
         return self.law.natural(self.theta(u_SP), self.unit)
 
-    def model(self, u_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log loss (loss where the law is not fitted on logs) and its Jacobian: SR, SPR."""
-        loss_SR, by_parameter = self.law.loss(self.theta(u_SP), self.inputs)
+    def model(
+        self, u_SP: np.ndarray, inputs: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log loss (loss where the law is not fitted on logs) and its Jacobian: SR, SPR.
+
+        Of the runs fitted, or of other scaled inputs.
+        """
+        loss_SR, by_parameter = self.law.loss(self.theta(u_SP), inputs or self.inputs)
         jacobian_SPR = np.empty((len(u_SP), self.num_parameters, loss_SR.shape[1]))
         for p, at in zip(self.parameters, self.slices, strict=True):
             _, slope = _bounded(p, u_SP[:, at])

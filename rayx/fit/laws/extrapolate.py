@@ -1,0 +1,188 @@
+"""Laws: does a law hold beyond the runs that it was fitted to, and which one does best?
+
+Shapes: R runs, H runs left out, P parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import f as f_distribution
+
+from rayx.errors import FitError
+from rayx.fit.laws.law import Inputs, Law
+
+SHARE = 0.2  # of the runs: the largest
+SIGNIFICANT = 0.01
+CLEARLY_WORSE = 1.5  # error on the runs left out over that on the runs fitted
+# A fit by absolute deviations varies by pi / 2 more than least squares under normal noise.
+VARIANCE_FACTOR = np.pi / 2.0
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """How a law fitted without the largest runs predicts them.
+
+    Args:
+        by: What the largest runs are the largest in: compute, tokens, params, distance.
+        rows: Runs left out.
+        beyond: Their largest size over the largest size fitted.
+        error: Mean relative error |predicted / loss - 1| on the runs left out.
+        error_median: Its median.
+        bias: Mean of predicted / loss - 1: above 0 where the law predicts too high a loss.
+        in_sample: Mean relative error on the runs fitted.
+        in_sample_median: Its median.
+        p_value: Of Chow's test that the runs left out follow the law of the others.
+        wrong_form: The error is clearly worse than in sample, and more than noise explains.
+    """
+
+    by: str
+    rows: int
+    beyond: float
+    error: float
+    error_median: float
+    bias: float
+    in_sample: float
+    in_sample_median: float
+    p_value: float
+    wrong_form: bool
+
+    @property
+    def warnings(self) -> list[str]:
+        if not self.wrong_form:
+            return []
+        return [
+            f"wrong form: on the {self.rows} runs that are largest by {self.by} the median error "
+            f"is {self.error_median:.2%}, on the runs fitted {self.in_sample_median:.2%}; do not "
+            f"extrapolate this law"
+        ]
+
+
+def size(inputs: Inputs) -> tuple[str, np.ndarray]:
+    """What a law extrapolates in, and each run's place in it, (R,).
+
+    Compute 6 N (D + D') where there are both, else tokens or params; at one scale the distance of
+    the mixture from the mean mixture, sum_k |w_k - mean_k|.
+    """
+    tokens_R = inputs.get("tokens")
+    if tokens_R is not None and "spec_tokens" in inputs:
+        tokens_R = tokens_R + inputs["spec_tokens"]
+    if "params" in inputs and tokens_R is not None:
+        return "compute", 6.0 * inputs["params"] * tokens_R
+    if tokens_R is not None:
+        return "tokens", tokens_R
+    if "params" in inputs:
+        return "params", inputs["params"]
+    weights_RK = inputs["weights"]
+    return "distance", np.abs(weights_RK - weights_RK.mean(0)).sum(1)
+
+
+def extrapolate(
+    law: Law, *columns: np.ndarray, domains: Sequence[str] | None = None, share: float = SHARE
+) -> Extrapolation:
+    """Fit without the largest runs and predict them.
+
+    Args:
+        law: Its settings are used, without the bootstrap; it is not changed.
+        columns: The law's inputs in order, then the loss.
+        domains: As for `Law.fit`.
+        share: Share of the runs to leave out, in (0, 1); ties are left out together.
+
+    Raises:
+        FitError: As `Law.fit`, or all runs are of one size.
+
+    Source: the test: Chow 1960, Econometrica 28(3), predictive failure, with the Jacobian at the
+        optimum as the design.
+    Differs: the variance of the estimate counts pi / 2 times (absolute deviations).
+    """
+    inputs = {n: np.asarray(c, dtype=float) for n, c in zip(law.inputs, columns, strict=False)}
+    loss_R = np.asarray(columns[-1], dtype=float)
+    by, size_R = size(inputs)
+    sizes = np.sort(size_R)
+    threshold = sizes[int(np.ceil((1.0 - share) * len(sizes)))]
+    if (size_R >= threshold).mean() > 2.0 * share:  # many runs of one size: only what is larger
+        threshold = np.nextafter(threshold, np.inf)
+    large_R = size_R >= threshold
+    if not large_R.any():
+        raise FitError(f"All runs are of one size by {by}: extrapolation cannot be checked.")
+    fitted = dataclasses.replace(law, bootstrap=0)
+    fitted.fit(*(np.asarray(c)[~large_R] for c in columns), domains=domains)
+    # Differences of losses may be 0: their errors are relative to the typical one.
+    scale_R = loss_R if law.on_log else np.full(len(loss_R), fitted.problem_.unit["loss"])
+    error_R = (fitted.predict(*(inputs[n] for n in law.inputs)) - loss_R) / scale_R
+    # Dropped rows are no part of what the fit says it explains.
+    inside_R = np.abs(fitted.residual_R_)
+    inside_R = np.expm1(inside_R) if law.on_log else inside_R
+    out_H = np.abs(error_R[large_R])
+    p_value = _chow(fitted, {n: a[large_R] for n, a in inputs.items()}, loss_R[large_R])
+    median, inside = float(np.median(out_H)), float(np.median(inside_R))
+    return Extrapolation(
+        by=by,
+        rows=int(large_R.sum()),
+        beyond=float(sizes[-1] / size_R[~large_R].max()),
+        error=float(out_H.mean()),
+        error_median=median,
+        bias=float(error_R[large_R].mean()),
+        in_sample=float(inside_R.mean()),
+        in_sample_median=inside,
+        p_value=p_value,
+        wrong_form=p_value < SIGNIFICANT and median > CLEARLY_WORSE * inside,
+    )
+
+
+def _chow(fitted: Law, inputs_H: Mapping[str, np.ndarray], loss_H: np.ndarray) -> float:
+    problem = fitted.problem_
+    scaled_H = loss_H / problem.unit["loss"]
+    target_H = np.log(scaled_H) if fitted.on_log else scaled_H
+    value_1H, new_1PH = problem.model(fitted.u_[None], problem.scaled(inputs_H))
+    _, old_1PR = problem.model(fitted.u_[None])
+    spare = fitted.rows_ - problem.num_parameters
+    noise = float((fitted.residual_R_**2).sum()) / spare
+    if noise == 0.0:
+        return float(np.allclose(value_1H[0], target_H))
+    covariance_PP = np.linalg.pinv(old_1PR[0] @ old_1PR[0].T, rcond=1e-10, hermitian=True)
+    spread_HH = VARIANCE_FACTOR * new_1PH[0].T @ covariance_PP @ new_1PH[0]
+    error_H = value_1H[0] - target_H
+    spread_HH[np.diag_indices(len(error_H))] += 1.0
+    statistic = error_H @ np.linalg.solve(spread_HH, error_H) / (len(error_H) * noise)
+    return float(f_distribution.sf(statistic, len(error_H), spare))
+
+
+def choose_law(
+    candidates: Mapping[str, Law],
+    columns: Mapping[str, np.ndarray],
+    domains: Sequence[str] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> tuple[str, dict[str, Extrapolation], dict[str, str]]:
+    """Choose a law by its mean error on the largest runs, not by its error on the runs fitted.
+
+    Args:
+        candidates: Name -> law with its settings.
+        columns: Input name -> column, and "loss"; those that a law does not use are left aside.
+        domains: As for `Law.fit`.
+        progress: Called with done, total and what is next.
+
+    Returns:
+        The name of the best; name -> extrapolation; name -> why it could not be fitted.
+
+    Raises:
+        FitError: No candidate could be fitted.
+    """
+    found: dict[str, Extrapolation] = {}
+    failed: dict[str, str] = {}
+    for done, (name, law) in enumerate(candidates.items()):
+        progress(done, len(candidates), name)
+        try:
+            arrays = [columns[n] for n in (*law.inputs, "loss")]
+            named = domains if "weights" in law.inputs else None
+            found[name] = extrapolate(law, *arrays, domains=named)
+        except FitError as error:
+            failed[name] = str(error)
+    if not found:
+        raise FitError(
+            "No law could be fitted: " + "; ".join(f"{n}: {e}" for n, e in failed.items())
+        )
+    return min(found, key=lambda name: found[name].error), found, failed
