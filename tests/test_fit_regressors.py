@@ -12,21 +12,28 @@ from rayx.fit import (
     LogLinear,
     Mean,
     Ridge,
+    Scheffe,
+    TiltedPower,
     gaussian_process,
     inverse_power,
     levenberg,
     log_linear,
+    tilted_power,
 )
-from rayx.fit.linear import _ridge, with_products
+from rayx.fit.linear import loo_ridge
 from rayx.fit.regressor import make_folds
+from rayx.fit.scheffe import with_products
 from tests.contracts.regressor_contract import CHECKS, RegressorCase, draw_world, planted_loss
 
 CASES = {
     "Mean": RegressorCase(Mean, recovery=None),
     "Ridge": RegressorCase(Ridge, recovery=0.97),
+    # A polynomial cannot follow the law near 0; test_scheffe_recovers... asks for more.
+    "Scheffe": RegressorCase(Scheffe, recovery=0.85),
     # Another law than the planted one; test_log_linear_recovers_its_own_law asks for more.
     "LogLinear": RegressorCase(LogLinear, recovery=0.7),
     "InversePower": RegressorCase(InversePower, recovery=0.995),
+    "TiltedPower": RegressorCase(TiltedPower, recovery=0.995),
     "GaussianProcess": RegressorCase(GaussianProcess, recovery=0.98, permutation_tolerance=1e-3),
     "LightGBM": RegressorCase(LightGBM, recovery=0.94, permutation_tolerance=0.03),
 }
@@ -38,18 +45,22 @@ def test_regressor_contract(case, check):
     check(case)
 
 
-@pytest.mark.parametrize("module", [inverse_power, log_linear])
-def test_jacobian_agrees_with_finite_differences(module):
+@pytest.mark.parametrize(
+    ("value", "num_params"),
+    [
+        (lambda theta, w: inverse_power.log_loss(theta, np.log(w + 1e-4)), 11),
+        (lambda theta, w: tilted_power.log_loss(theta, w, np.log(w + 1e-4)), 17),
+        (log_linear._log_loss, 6),
+    ],
+    ids=["inverse power", "tilted power", "log-linear"],
+)
+def test_jacobian_agrees_with_finite_differences(value, num_params):
     weights_RK, _ = draw_world(7, seed=3)
-    is_power = module is inverse_power
-    value = inverse_power.log_loss if is_power else log_linear._log_loss
-    inputs = np.log(weights_RK + 1e-4) if is_power else weights_RK
-    num_params = 11 if is_power else 6
     theta_P = np.random.default_rng(0).normal(0, 0.5, num_params)
     for run in range(7):
         error = check_grad(
-            lambda theta, run=run: value(theta[None], inputs)[0][0, run],
-            lambda theta, run=run: value(theta[None], inputs)[1][0, run],
+            lambda theta, run=run: value(theta[None], weights_RK)[0][0, run],
+            lambda theta, run=run: value(theta[None], weights_RK)[1][0, run],
             theta_P,
         )
         assert error < 1e-6
@@ -101,12 +112,43 @@ def test_log_linear_recovers_its_own_law():
     assert np.abs(predicted_M / (2.0 + np.exp(test_MK @ t_K)) - 1.0).mean() < 0.01
 
 
+def test_scheffe_recovers_a_quadratic_mixture_polynomial():
+    weights_RK, _ = draw_world(60, seed=0)
+    test_MK, _ = draw_world(200, seed=5)
+    slope_Q = np.random.default_rng(2).normal(0.0, 1.0, 15)
+    noise_R = np.random.default_rng(1).normal(0.0, 0.01, 60)
+    loss_R = 3.0 + with_products(weights_RK) @ slope_Q + noise_R
+    true_M = 3.0 + with_products(test_MK) @ slope_Q
+    predicted_M = Scheffe(folds=0).fit(weights_RK, loss_R).predict(test_MK)
+    assert np.mean((predicted_M - true_M) ** 2) < 0.01**2
+
+
+def test_tilted_power_follows_tilts_and_outer_powers_that_the_additive_law_cannot():
+    weights_RK, _ = draw_world(80, seed=0)
+    test_MK, _ = draw_world(200, seed=5)
+    log_c_K, tilt_K = np.array([1.0, 0.0, -1.0, -2.0, -4.0]), np.array([-0.1, 0.0, 0.1, 0.1, 0.1])
+    logit_K = np.array([-1.0, 0.0, 0.5, 0.0, 0.0])
+    theta_P = np.r_[0.3, log_c_K, logit_K, np.log(0.4), tilt_K]
+
+    def planted(weights_RK):
+        log_weights_RK = np.log(weights_RK + 1e-4)
+        return np.exp(tilted_power.log_loss(theta_P[None], weights_RK, log_weights_RK)[0][0])
+
+    loss_R = planted(weights_RK) * np.exp(np.random.default_rng(1).normal(0.0, 0.005, 80))
+    rms = {
+        make: np.sqrt(np.mean(np.log(predicted_M / planted(test_MK)) ** 2))
+        for make in (TiltedPower, InversePower)
+        for predicted_M in [make(folds=0).fit(weights_RK, loss_R).predict(test_MK)]
+    }
+    assert rms[TiltedPower] < 0.005 and rms[TiltedPower] < 0.5 * rms[InversePower]
+
+
 def test_ridge_leave_one_out_error_equals_refitting_without_each_row():
     weights_RK, loss_R = draw_world(15, seed=2)
     features = with_products(weights_RK)
     centre, sd = features.mean(0), features.std(0)
     design = np.hstack([np.ones((15, 1)), (features - centre) / sd])
-    error, _ = _ridge(with_products, weights_RK, loss_R)
+    error, _ = loo_ridge(with_products, weights_RK, loss_R)
     by_strength = []
     for strength in 15 * np.logspace(-5, 2, 22):
         penalty = strength * np.diag(np.r_[0.0, np.ones(design.shape[1] - 1)])
@@ -120,7 +162,7 @@ def test_ridge_leave_one_out_error_equals_refitting_without_each_row():
     assert error == pytest.approx(min(by_strength), rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [LogLinear, InversePower, GaussianProcess])
+@pytest.mark.parametrize("make", [LogLinear, InversePower, TiltedPower, GaussianProcess])
 def test_log_regressors_refuse_losses_of_zero(make):
     weights_RK, loss_R = draw_world(20, seed=0)
     loss_R[4] = 0.0

@@ -9,7 +9,9 @@ from rayx.fit.inverse_power import InversePower
 from rayx.fit.linear import Mean, Ridge
 from rayx.fit.log_linear import LogLinear
 from rayx.fit.regressor import PointRegressor, Regressor
+from rayx.fit.scheffe import Scheffe
 from rayx.fit.table import Table, largest_scale
+from rayx.fit.tilted_power import TiltedPower
 
 __all__ = [
     "FittedTable",
@@ -21,7 +23,9 @@ __all__ = [
     "PointRegressor",
     "Regressor",
     "Ridge",
+    "Scheffe",
     "Table",
+    "TiltedPower",
     "evaluate_fit",
     "fit_table",
     "largest_scale",

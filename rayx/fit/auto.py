@@ -35,7 +35,9 @@ from rayx.fit.regressor import (
     make_folds,
     point_fit,
 )
+from rayx.fit.scheffe import Scheffe
 from rayx.fit.table import MIN_ROWS, Table
+from rayx.fit.tilted_power import TiltedPower
 
 Progress = Callable[[int, int, str], None]  # fits done, fits in all, "target: regressor"
 
@@ -52,8 +54,10 @@ def regressors(seed: int = 0) -> dict[str, Regressor]:
     return {
         "mean": Mean(seed=seed),
         "ridge": Ridge(seed=seed),
+        "scheffe": Scheffe(seed=seed),
         "loglinear": LogLinear(seed=seed),
         "inverse-power": InversePower(seed=seed),
+        "tilted-power": TiltedPower(seed=seed),
         "gp": GaussianProcess(seed=seed),
         "lightgbm": LightGBM(seed=seed),
     }

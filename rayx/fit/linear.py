@@ -1,4 +1,4 @@
-"""Stage 5, regression: the mean, and ridge regression on three kinds of features.
+"""Stage 5, regression: the mean, and ridge regression on two kinds of features.
 
 Shapes: R runs, K domains, M mixtures, Q features, G ridge strengths.
 """
@@ -31,8 +31,8 @@ class Mean(PointRegressor):
 class Ridge(PointRegressor):
     """L(w) = b0 + b . features(w), least squares with a ridge on b.
 
-    The features (the weights, their logarithms, or the weights and all their products in pairs)
-    and the strength of the ridge are those with the least leave-one-out error, computed exactly.
+    The features (the weights or their logarithms) and the strength of the ridge are those with the
+    least leave-one-out error, computed exactly.
 
     Args:
         offset: Added to a weight before its logarithm, > 0.
@@ -40,8 +40,7 @@ class Ridge(PointRegressor):
         seed: See PointRegressor.
 
     Source: Allen 1974, Technometrics 16(1), PRESS: the error of a left-out row is r_i / (1 - h_ii).
-        The products of pairs are Scheffé's quadratic mixture polynomial (1958, J. R. Stat. Soc. B).
-    Differs: all features are standardised, and the ridge applies to linear terms too.
+    Differs: all features are standardised.
     """
 
     offset: float = 1e-3
@@ -50,19 +49,12 @@ class Ridge(PointRegressor):
         candidates: list[Callable[[np.ndarray], np.ndarray]] = [
             lambda weights_RK: weights_RK,
             lambda weights_RK: np.log(weights_RK + self.offset),
-            with_products,
         ]
-        fits = [_ridge(features, weights_RK, loss_R) for features in candidates]
+        fits = [loo_ridge(features, weights_RK, loss_R) for features in candidates]
         return min(fits, key=lambda fit: fit[0])[1]
 
 
-def with_products(weights_RK: np.ndarray) -> np.ndarray:
-    """The weights and all w_i w_j, i < j, shape (R, K + K (K - 1) / 2)."""
-    i, j = np.triu_indices(weights_RK.shape[1], k=1)
-    return np.hstack([weights_RK, weights_RK[:, i] * weights_RK[:, j]])
-
-
-def _ridge(
+def loo_ridge(
     features: Callable[[np.ndarray], np.ndarray], weights_RK: np.ndarray, loss_R: np.ndarray
 ) -> tuple[float, Predictor]:
     """Best ridge strength by leave-one-out: (mean squared error left out, predictor)."""
