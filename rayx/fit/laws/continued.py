@@ -37,7 +37,8 @@ DCPT_PARAMETERS = (
 class DCPT(Law):
     """L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + epsilon)^gamma.
 
-    r is the share, in [0, 1], of the corpus whose loss is predicted.
+    r is the share, in [0, 1], of the corpus whose loss is predicted. The paper asks for a law that
+    falls in r; the formula does not enforce it (with eta < 1 it rises near r = 0).
 
     Source: Que et al. 2024, arXiv:2406.01375, the D-CPT law.
     """
@@ -185,27 +186,30 @@ def ratio_within_tolerance(
     return lowest(domain_loss, np.array([low, ratio_G[best], high]))
 
 
-def ratio_of_limited_data(law: DCPT, params: float, domain_tokens: float) -> float:
-    """Domain ratio of the lowest domain loss when every domain token is used once.
+def ratio_of_limited_data(law: DCPT, params: float, domain_tokens: float, tokens: float) -> float:
+    """Domain ratio of the lowest domain loss when no domain token is used twice.
 
-    min over r in (0, 1] of L(N, D_d / r, r): a lower ratio stretches the D_d domain tokens over
-    more general ones.
+    min over r in [0, 1] of L(N, D, r) with D = min(tokens, D_d / r): a lower ratio stretches the
+    D_d domain tokens over more general ones, until the budget ends.
 
     Args:
         law: Law of the domain's loss, fitted.
         params: N, > 0.
         domain_tokens: D_d, > 0.
+        tokens: Budget of all tokens, > 0. Without one the law may ask for a ratio of 0 and no end
+            of general tokens.
 
     Source: Que et al. 2024, arXiv:2406.01375, usage 2.
+    Differs: the budget.
     """
-    ratio_G = np.linspace(0.0, 1.0, GRID)[1:]
 
     def loss(ratio_R: np.ndarray) -> np.ndarray:
-        return law.predict(np.full(ratio_R.shape, params), domain_tokens / ratio_R, ratio_R)
+        most_R = domain_tokens / np.maximum(ratio_R, domain_tokens / tokens)
+        return law.predict(np.full(ratio_R.shape, params), most_R, ratio_R)
 
+    ratio_G = np.union1d(np.linspace(0.0, 1.0, GRID), min(1.0, domain_tokens / tokens))
     best = int(np.argmin(loss(ratio_G)))
-    near = ratio_G[[max(best - 1, 0), best, min(best + 1, len(ratio_G) - 1)]]
-    return lowest(loss, near)
+    return lowest(loss, ratio_G[np.clip([best - 1, best, best + 1], 0, len(ratio_G) - 1)])
 
 
 def compute_optimal(law: DCPT, flops: float, ratio: float) -> tuple[float, float]:
