@@ -28,14 +28,14 @@ WRITTEN = [  # every text file of the repository that a person wrote
 ]
 
 SIBLINGS = ("rayx.proxy", "rayx.sweep", "rayx.fit")  # import the spine, never each other
-ABOVE = ("rayx.cli", "rayx.report", "rayx.plots", "rayx.methods")  # wire others; nobody below
+ABOVE = ("rayx.cli", "rayx.report", "rayx.plots", "rayx.law_plots", "rayx.methods")  # wire others; nobody below
 ONLY = {  # a library -> the parts that may import it
     "torch": ["rayx.proxy"],
     "ray.tune": ["rayx.sweep"],
     "ray.train": ["rayx.sweep"],
     "ray": ["rayx.sweep", "rayx.corpus"],
     "lightgbm": ["rayx.fit"],
-    "matplotlib": ["rayx.plots", "rayx.report"],
+    "matplotlib": ["rayx.plots", "rayx.law_plots", "rayx.report"],
     "typer": ["rayx.cli"],
 }
 FREE = {  # importing the key, in a fresh interpreter, loads none of these

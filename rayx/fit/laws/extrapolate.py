@@ -55,9 +55,9 @@ class Extrapolation:
         if not self.wrong_form:
             return []
         return [
-            f"wrong form: on the {self.rows} runs that are largest by {self.by} the median error "
-            f"is {self.error_median:.2%}, on the runs fitted {self.in_sample_median:.2%}; do not "
-            f"extrapolate this law"
+            f"the form may be wrong beyond the runs: fitted without the {self.rows} largest by "
+            f"{self.by}, its median error on them is {self.error_median:.2%}, on the others "
+            f"{self.in_sample_median:.2%}"
         ]
 
 
