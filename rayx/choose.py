@@ -1,11 +1,8 @@
 """Stage 6, choice: a mixture under constraints, with the evidence for and against it.
 
-RegMix's way: simulate many feasible mixtures around the prior, predict each, and average the best.
-An argmin would follow the regressor into whatever corner its error makes look good; the average of
-the best hundred does not, and it stays feasible because floors and caps bound a convex set.
-
-A choice is compared with uniform, proportional and the best run seen, all made feasible, and says
-what should make one distrust it. Without signal it is the proportional mixture, and says so.
+`rayx.choice.choosers` finds it; here it is compared with uniform, proportional and the best run
+seen, all made feasible, and what should make one distrust it is said. Without signal the choice is
+the proportional mixture, and says so.
 
 Shapes: R runs, K domains, M mixtures.
 """
@@ -16,17 +13,29 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from rayx.errors import ChoiceError, did_you_mean
+from rayx.choice.choosers import CHOOSERS, Chooser, Convex, Simulate, Solution
+from rayx.choice.outlook import Supply
+from rayx.choice.problem import Problem, prepare
 from rayx.constraints import Constraints, Group
-from rayx.fit.fitted import FittedTable, normalised_objective
+from rayx.errors import ChoiceError
+from rayx.fit.fitted import FittedTable
 
-__all__ = ["Baseline", "Choice", "Constraints", "Group", "choose", "simulate"]
+__all__ = [
+    "CHOOSERS",
+    "Baseline",
+    "Choice",
+    "Constraints",
+    "Convex",
+    "Group",
+    "Simulate",
+    "Supply",
+    "choose",
+]
 
-STRENGTHS = np.logspace(np.log10(0.1), np.log10(5.0), 15)
-TEMPER = 0.5
 # Share of the best candidates on a bound from which on the bound, not the data, decides.
 BINDING_SHARE = 0.5
 FAR = 2.0  # times the usual distance between neighbouring runs
@@ -68,6 +77,11 @@ class Choice:
         distance: L1 distance of the choice to the nearest mixture seen.
         usual_distance: Median L1 distance of a run to its nearest neighbour.
         signal: False if the choice is the proportional mixture for lack of signal.
+        method: How the choice was found: its name, settings and what vouches for it.
+        binding: Bounds and limits without which the objective would be lower, in words.
+        limits: Target -> largest predicted loss that was allowed.
+        given_up: Target -> predicted loss less that of the proportional mixture; > 0 is worse.
+        repetition: Domain -> epochs in the final run; empty where no supply was given.
         warnings: What should make one distrust the choice, in words.
     """
 
@@ -83,6 +97,11 @@ class Choice:
     distance: float
     usual_distance: float
     signal: bool
+    method: dict[str, Any]
+    binding: tuple[str, ...]
+    limits: dict[str, float]
+    given_up: dict[str, float]
+    repetition: dict[str, float]
     warnings: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -98,7 +117,8 @@ class Choice:
         try:
             fields = json.loads(text)
             fields["interval"] = tuple(fields["interval"])
-            fields["warnings"] = tuple(fields["warnings"])
+            for name in ("warnings", "binding"):
+                fields[name] = tuple(fields[name])
             fields["baselines"] = {
                 name: Baseline(**{**entry, "regret_interval": tuple(entry["regret_interval"])})
                 for name, entry in fields["baselines"].items()
@@ -115,8 +135,10 @@ def choose(
     constraints: Constraints | None = None,
     *,
     seed: int,
-    num_candidates: int = 100_000,
-    top_k: int = 100,
+    method: Chooser | None = None,
+    limits: Mapping[str, float] | None = None,
+    tolerances: Mapping[str, float] | None = None,
+    supply: Supply | None = None,
     level: float = 0.9,
 ) -> Choice:
     """Choose the mixture with the least predicted objective.
@@ -126,71 +148,59 @@ def choose(
         objective: Target -> weight, > 0; normalised.
         prior: Domain -> weight or tokens; normalised. The candidates lie around it, and it is the
             baseline "proportional".
-        constraints: Floors and caps; none by default.
+        constraints: Floors, caps, fixed shares and groups; none by default.
         seed: Seed of the candidates.
-        num_candidates: Mixtures simulated.
-        top_k: Candidates averaged.
+        method: `Simulate()` by default, or `Convex()`.
+        limits: Target -> largest predicted loss.
+        tolerances: Target -> by how much its predicted loss may exceed that of proportional.
+        supply: Prices the repetition of tokens; caps stay hard limits beside it.
         level: Level of the intervals.
 
     Raises:
         FitError: The objective is not one for this table.
-        ChoiceError: Unknown domain, other domains in the constraints than in the table, or numbers
-            out of range.
-
-    Source: Liu et al. 2024, arXiv:2407.01492, section 3.3 and the released code.
-    Differs: half of the candidates are around the tempered prior, as RegMix draws its proxies;
-        mixtures over a bound are moved to it instead of rejected.
+        ChoiceError: Unknown domain or target, other domains in the constraints than in the table,
+            numbers out of range, or limits that no mixture is predicted to keep.
     """
-    table = fitted.table
-    objective = normalised_objective(objective, table.targets)
-    prior_K = _checked_prior(prior, table.domains)
-    constraints = constraints or Constraints.none(table.domains)
-    if constraints.domains != table.domains:
-        raise ChoiceError(
-            f"The constraints are for domains {', '.join(constraints.domains)}; the table has "
-            f"{', '.join(table.domains)}, in this order."
-        )
-    if not 1 <= top_k <= num_candidates:
-        raise ChoiceError(f"top_k is {top_k}; expected 1 to num_candidates ({num_candidates}).")
     if not 0.0 < level < 1.0:
         raise ChoiceError(f"The level of the intervals is {level}; expected between 0 and 1.")
-
-    warnings = list(fitted.warnings)
-    proportional_K = constraints.nearest(prior_K[None])[0]
+    problem = prepare(
+        fitted, objective, prior, constraints, limits=limits, tolerances=tolerances, supply=supply
+    )
+    outlook, constraints, table = problem.outlook, problem.constraints, fitted.table
+    proportional_K = constraints.nearest(problem.prior_K[None])[0]
     baselines = {
-        "uniform": constraints.nearest(np.full((1, len(prior_K)), 1.0 / len(prior_K)))[0],
+        "uniform": constraints.nearest(np.full((1, len(table.domains)), 1.0))[0],
         "proportional": proportional_K,
     }
-    best_seen_K = _best_seen(fitted, objective)
+    best_seen_K = _best_seen(fitted, outlook.objective)
     if best_seen_K is not None:
         baselines["best_seen"] = constraints.nearest(best_seen_K[None])[0]
 
-    silent = [target for target in objective if target in fitted.no_signal]
-    signal = len(silent) < len(objective)
+    warnings = list(fitted.warnings)
+    silent = [target for target in outlook.objective if target in fitted.no_signal]
+    signal = len(silent) < len(outlook.objective)
     if signal:
         if silent:
             warnings.append(f"no signal in {', '.join(silent)}: they have no say in this choice")
-        candidates_MK = constraints.nearest(
-            simulate(prior_K, num_candidates, np.random.default_rng(seed))
-        )
-        predicted_M = fitted.objective(candidates_MK, objective)
-        order_M = np.argsort(predicted_M, kind="stable")
-        top_MK = candidates_MK[order_M[:top_k]]
-        weights_K = constraints.nearest(top_MK.mean(0, keepdims=True))[0]
-        if fitted.objective(weights_K[None], objective)[0] > predicted_M[order_M[top_k - 1]]:
-            warnings.append(
-                f"the best {top_k} candidates lie apart: their average is predicted to be worse "
-                f"than each of them, so the best single one was taken"
-            )
-            weights_K = top_MK[0]
-        spread_K = top_MK.std(0)
-        warnings += _bound_warnings(weights_K, top_MK, constraints, table.weights_RK)
+        solution = (method or Simulate()).solve(problem, seed)
     else:
         warnings.append(
             "NO SIGNAL: the runs do not show that the mixture matters for this objective; "
             "the choice is the proportional mixture, made feasible, and not an optimum"
         )
-        weights_K, spread_K = proportional_K, np.zeros(len(prior_K))
+        solution = Solution(
+            weights_K=proportional_K,
+            around_MK=proportional_K[None],
+            method={"name": "proportional"},
+        )
+        if problem.excess(proportional_K[None])[0] > 0:
+            # The objective says nothing, so this is the mixture nearest to the prior that keeps
+            # the limits.
+            solution = Convex().solve(problem, seed)
+    weights_K = solution.weights_K
+    warnings += solution.warnings
+    binding, notes = _binding(solution, problem)
+    warnings += notes + _edges(weights_K, table.domains, table.weights_RK)
 
     distance, usual = _distances(weights_K, table.weights_RK)
     if signal and distance > FAR * usual:
@@ -202,12 +212,12 @@ def choose(
         )
     compared = {}
     for name, baseline_K in baselines.items():
-        regret, low, high = fitted.difference(baseline_K, weights_K, objective, level)
-        value_M, std_M = fitted.objective(baseline_K[None], objective, std=True)
+        regret, low, high = outlook.difference(baseline_K, weights_K, level)
+        predicted, std = outlook.value_and_std(baseline_K)
         compared[name] = Baseline(
             weights=_by_name(table.domains, baseline_K),
-            predicted=float(value_M[0]),
-            std=float(std_M[0]),
+            predicted=predicted,
+            std=std,
             regret=regret,
             regret_interval=(low, high),
         )
@@ -216,62 +226,28 @@ def choose(
                 f"the predicted gain over {name} is {regret:.4g}, within its {level:.0%} interval "
                 f"({low:.4g} to {high:.4g})"
             )
-    low_M, high_M = fitted.objective_interval(weights_K[None], objective, level)
-    losses_T = fitted.predict(weights_K[None])[0]
+    losses, before = outlook.losses(weights_K), outlook.losses(proportional_K)
+    passes_K = supply.epochs(table.domains, weights_K) if supply else None
     return Choice(
         weights=_by_name(table.domains, weights_K),
-        objective=objective,
-        predicted=float(fitted.objective(weights_K[None], objective)[0]),
-        interval=(float(low_M[0]), float(high_M[0])),
+        objective=dict(outlook.objective),
+        predicted=float(outlook.value(weights_K[None])[0]),
+        interval=outlook.interval(weights_K, level),
         level=level,
-        predicted_losses=_by_name(table.targets, losses_T),
-        regressors={target: fitted.regressors[target] for target in objective},
+        predicted_losses=losses,
+        regressors={target: fitted.regressors[target] for target in outlook.objective},
         baselines=compared,
-        spread=_by_name(table.domains, spread_K),
+        spread=_by_name(table.domains, solution.around_MK.std(0)),
         distance=distance,
         usual_distance=usual,
         signal=signal,
+        method=dict(solution.method),
+        binding=tuple(binding),
+        limits=dict(problem.limits),
+        given_up={target: losses[target] - before[target] for target in table.targets},
+        repetition={} if passes_K is None else _by_name(table.domains, passes_K),
         warnings=tuple(warnings),
     )
-
-
-def simulate(prior_K: np.ndarray, num_mixtures: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw mixtures from Dirichlet(strength * centre), strengths log-spaced from .1 to 5.
-
-    The centre is the prior for one half of them and the tempered prior, proportional to
-    prior^0.5, for the other.
-
-    Source: sail-sg/regmix, mixture_config/synthesize_mixture.py.
-    """
-    tempered_K = prior_K**TEMPER / (prior_K**TEMPER).sum()
-    concentrations = [
-        np.maximum(strength * centre_K, 1e-9)
-        for strength in STRENGTHS
-        for centre_K in (prior_K, tempered_K)
-    ]
-    counts = np.diff(np.linspace(0, num_mixtures, len(concentrations) + 1).astype(int))
-    return np.concatenate(
-        [
-            rng.dirichlet(concentration_K, count)
-            for concentration_K, count in zip(concentrations, counts, strict=True)
-        ]
-    )
-
-
-def _checked_prior(prior: Mapping[str, float], domains: tuple[str, ...]) -> np.ndarray:
-    for domain in prior:
-        if domain not in domains:
-            raise ChoiceError(
-                f"The prior has domain {domain!r}; the table has {', '.join(domains)}."
-                f"{did_you_mean(domain, domains)}"
-            )
-    for domain in domains:
-        if domain not in prior:
-            raise ChoiceError(f"The prior has no domain {domain!r}; give it a weight, 0 if unused.")
-    prior_K = np.array([float(prior[domain]) for domain in domains])
-    if not np.isfinite(prior_K).all() or (prior_K < 0).any() or prior_K.sum() <= 0:
-        raise ChoiceError(f"The prior is {dict(prior)}; expected weights >= 0 that are not all 0.")
-    return prior_K / prior_K.sum()
 
 
 def _best_seen(fitted: FittedTable, objective: Mapping[str, float]) -> np.ndarray | None:
@@ -288,16 +264,44 @@ def _best_seen(fitted: FittedTable, objective: Mapping[str, float]) -> np.ndarra
     return mixtures_MK[np.argmin(mean_M)]
 
 
-def _bound_warnings(
-    weights_K: np.ndarray, top_MK: np.ndarray, constraints: Constraints, seen_RK: np.ndarray
-) -> list[str]:
+def _binding(solution: Solution, problem: Problem) -> tuple[list[str], list[str]]:
+    """What holds the choice back: the bounds in words, and the same as warnings."""
+    constraints, limits = problem.constraints, problem.limits
+    matrix_BK, limit_B = constraints.polytope.bounds
+    on_MB = solution.around_MK @ matrix_BK.T >= limit_B - 1e-6
+    # A share of 0 or 1 is no bound of the user's, and a fixed one is not news.
+    num_domains, num_groups = len(constraints.domains), len(constraints.groups)
+    slack_K = constraints.caps_K > constraints.floors_K
+    slack_S = constraints.polytope.highs_S > constraints.polytope.lows_S
+    asked_B = np.r_[
+        slack_K & (constraints.floors_K > 0),
+        slack_K & (constraints.caps_K < 1),
+        slack_S & (constraints.polytope.lows_S > 0),
+        slack_S & (constraints.polytope.highs_S < 1),
+    ]
+    words, notes = [], []
+    phrases = constraints.in_words()
+    for b in np.flatnonzero(asked_B & (on_MB.mean(0) >= BINDING_SHARE)):
+        words.append(phrases[b])
+        least = b < num_domains or 2 * num_domains <= b < 2 * num_domains + num_groups
+        bound, better = abs(limit_B[b]), "less" if least else "more"
+        if b < 2 * num_domains:
+            kind = "floor" if least else "cap"
+            place = f"{constraints.domains[b % num_domains]} is on its {kind} of {bound:.4g}"
+        else:
+            group = constraints.groups[(b - 2 * num_domains) % num_groups]
+            place = f"{group.name} is on its {'least' if least else 'most'} of {bound:.4g}"
+        notes.append(f"{place}: {better} of it would be better")
+    for target in solution.binding_limits:
+        words.append(f"{target} at most {limits[target]:.4g}")
+        notes.append(f"the limit of {limits[target]:.4g} on {target} keeps the objective higher")
+    return words, notes
+
+
+def _edges(weights_K: np.ndarray, domains: tuple[str, ...], seen_RK: np.ndarray) -> list[str]:
+    """Shares outside of what any run had."""
     warnings = []
-    for k, domain in enumerate(constraints.domains):
-        cap, floor = constraints.caps_K[k], constraints.floors_K[k]
-        if cap < 1.0 and (top_MK[:, k] >= cap - 1e-9).mean() >= BINDING_SHARE:
-            warnings.append(f"{domain} is on its cap of {cap:.4g}: more of it would be better")
-        if floor > 0.0 and (top_MK[:, k] <= floor + 1e-9).mean() >= BINDING_SHARE:
-            warnings.append(f"{domain} is on its floor of {floor:.4g}: less of it would be better")
+    for k, domain in enumerate(domains):
         low, high = seen_RK[:, k].min(), seen_RK[:, k].max()
         if not low - 1e-9 <= weights_K[k] <= high + 1e-9:
             warnings.append(

@@ -54,8 +54,8 @@ class Polytope:
     def inside(self) -> np.ndarray | None:
         """A point that meets no bound which can be left, shape (K,); None if there is no point.
 
-        max sum_b y_b with bound_b x + y_b <= limit_b s, sum x = s, 0 <= y_b <= 1, s >= 1; then x / s
-        is in the relative interior.
+        max sum_b y_b with bound_b x + y_b <= limit_b s, sum x = s, 0 <= y_b <= 1, s >= 1: then
+        x / s is in the relative interior.
 
         Source: Freund, Roundy and Todd 1985, MIT Sloan working paper 1674-85.
         """

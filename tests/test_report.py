@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import rayx
-from rayx.choose import Constraints, choose
+from rayx.choose import Constraints, Simulate, choose
 from rayx.fit import Table, fit_table
 from rayx.mixture import Mixture, epochs
 from rayx.report import render
@@ -84,7 +84,9 @@ def full_inputs(world: World, folder, seeds=(1000, 1001, 1002)) -> dict:
     objective = {world.targets[0]: 0.75, world.targets[1]: 0.25}
     caps = {world.domains[0]: 0.4}
     constraints = Constraints.by_name(fitted.table.domains, caps=caps)
-    choice = choose(fitted, objective, world.supply, constraints, seed=0, num_candidates=5_000)
+    choice = choose(
+        fitted, objective, world.supply, constraints, seed=0, method=Simulate(num_candidates=5_000)
+    )
     arms = {
         "choice": Mixture(choice.weights),
         "uniform": Mixture.uniform(world.domains),
@@ -260,7 +262,7 @@ def test_page_choice_without_signal_says_so(tmp_path):
     flat = dataclasses.replace(world, gain=np.full((3, 4), 5.0), power=np.full((3, 4), 1e-3))
     store = fill(dataclasses.replace(flat, floor=np.full(3, 30.0)), tmp_path / "flat")
     fitted = fit_table(Table.from_frame(store.runs()), "ridge")
-    choice = choose(fitted, {"web": 1.0}, world.supply, seed=0, num_candidates=500)
+    choice = choose(fitted, {"web": 1.0}, world.supply, seed=0, method=Simulate(num_candidates=500))
     assert not choice.signal
     page = Page(render(store, fitted, choice))
     assert "No signal: keep the proportional mixture" in page.text("verdict")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rayx
-from rayx.choose import Constraints, choose
+from rayx.choose import Constraints, Simulate, choose
 from rayx.errors import ChoiceError, SpecError
 from rayx.fit import Table, fit_table
 from rayx.mixture import Mixture
@@ -128,7 +128,14 @@ def test_pipeline_choice_is_near_the_optimum_and_better_than_the_best_run_seen(t
     world.fill(store, specs)
     fitted = fit_table(Table.from_frame(store.runs()), "auto", seed=seed)
     constraints = Constraints.by_name(fitted.table.domains, caps=caps)
-    choice = choose(fitted, objective, world.supply, constraints, seed=seed, num_candidates=20_000)
+    choice = choose(
+        fitted,
+        objective,
+        world.supply,
+        constraints,
+        seed=seed,
+        method=Simulate(num_candidates=20_000),
+    )
 
     def objective_bpb(mixture):
         weights_1K = Mixture(mixture).to_array(world.domains)[None]
