@@ -11,7 +11,7 @@ import numpy as np
 
 from rayx.fit.laws.problem import Problem, at_bound
 
-CORRELATION = 0.98
+CORRELATION = 0.99
 UNKNOWN = 1.0  # standard deviation in the logarithm (or logit)
 NAMED = 3  # pairs that are listed
 
