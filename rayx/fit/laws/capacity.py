@@ -17,7 +17,7 @@ import numpy as np
 from rayx.errors import FitError
 from rayx.fit.laws.law import Inputs, Law, Parameter, Theta
 
-BISECTIONS = 60  # halves a bracket of at most about 50 in log units to the rounding of a float
+NEWTON_STEPS = 50  # 6 are usual
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,8 @@ class Capacity(Law):
     Args of `fit`: params N, tokens D, target i (0 to K - 1), weights, loss.
 
     Source: Dai and Zheng 2026, arXiv:2606.08167, and the formula in the authors' repository.
-    Differs: where N < H every x_j is N; the published fit has no such runs.
+    Differs: where N < H every x_j is N; the published fit has no such runs. Exponents are bounded
+        by 2, there by 1.
     """
 
     name: ClassVar[str] = "capacity"
@@ -40,24 +41,26 @@ class Capacity(Law):
         return (
             Parameter("E", start=(0.3, 0.6), per_domain=True),
             Parameter("c", start=(0.3,), per_domain=True),
-            Parameter("b", start=(0.2, 0.5), per_domain=True),
+            Parameter("b", start=(0.2, 0.5), high=2.0, per_domain=True),
             Parameter("H", start=(0.03, 0.2)),
             Parameter("A", start=(0.1,), per_domain=True),
-            Parameter("a", start=(0.2, 0.5), per_domain=True),
+            Parameter("a", start=(0.2, 0.5), high=2.0, per_domain=True),
         )
 
     def loss(self, theta: Theta, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights_RK, target_R = inputs["weights"], inputs["target"].astype(int)
         chosen_RK = (target_R[:, None] == np.arange(weights_RK.shape[1])).astype(float)
 
+        shape = (len(theta["H"]), *chosen_RK.shape)
+
         def at_target(values_SRK: np.ndarray) -> np.ndarray:
-            return (values_SRK * chosen_RK).sum(-1)
+            return np.einsum("srk,rk->sr", np.broadcast_to(values_SRK, shape), chosen_RK)
 
         shares = allocate(theta, inputs["params"], weights_RK)
         log_size_SRK = np.log(shares.size_SRK)
         b_SR = at_target(theta["b"])
         capacity_SR = at_target(theta["c"]) * np.exp(-b_SR * at_target(log_size_SRK))
-        own_tokens_R1 = (inputs["tokens"] * at_target(weights_RK))[:, None]
+        own_tokens_R1 = (inputs["tokens"] * (weights_RK * chosen_RK).sum(-1))[:, None]
         noise_SRK = chosen_RK * own_tokens_R1 ** -theta["a"]
         loss_SR = at_target(theta["E"] + theta["A"] * noise_SRK) + capacity_SR
 
@@ -125,7 +128,7 @@ def allocate(theta: Theta, params_R: np.ndarray, weights_RK: np.ndarray) -> Allo
     """Minimise sum_j w_j c_j x_j^(-b_j) under sum_j x_j = N + (K - 1) H, x_j >= H.
 
     log x_j = max(log H, (log(w_j c_j b_j) - u) / (1 + b_j)), u the log of the multiplier, found by
-    bisection; derivatives by the implicit function theorem.
+    Newton steps; derivatives by the implicit function theorem.
 
     Source: Dai and Zheng 2026, arXiv:2606.08167; the derivatives are derived.
     """
@@ -144,15 +147,22 @@ def allocate(theta: Theta, params_R: np.ndarray, weights_RK: np.ndarray) -> Allo
     def log_size(u_SU: np.ndarray) -> np.ndarray:
         return np.maximum((asked_SUK - u_SU[..., None]) / steepness_SUK, log_floor_SU1)
 
-    # One domain alone takes the whole budget at `low`; no domain is above the floor at `high`.
-    low_SU = (asked_SUK - steepness_SUK * np.log(budget_SU)[..., None]).max(-1)
-    high_SU = (asked_SUK - steepness_SUK * log_floor_SU1).max(-1)
-    for _ in range(BISECTIONS):
-        middle_SU = 0.5 * (low_SU + high_SU)
-        too_much_SU = np.exp(log_size(middle_SU)).sum(-1) > budget_SU
-        low_SU = np.where(too_much_SU, middle_SU, low_SU)
-        high_SU = np.where(too_much_SU, high_SU, middle_SU)
-    log_size_SUK = log_size(0.5 * (low_SU + high_SU))
+    # The log of what is spent is convex and nearly linear in u: Newton from where one domain alone
+    # spends the whole budget never passes the root.
+    log_budget_SU, ones_K = np.log(budget_SU), np.ones(num_domains)
+    u_SU = (asked_SUK - steepness_SUK * log_budget_SU[..., None]).max(-1)
+    for _ in range(NEWTON_STEPS):
+        log_size_SUK = log_size(u_SU)
+        size_SUK = np.exp(log_size_SUK)
+        spent_SU = size_SUK @ ones_K
+        slope_SU = (size_SUK * (log_size_SUK > log_floor_SU1) / steepness_SUK) @ ones_K
+        excess_SU = np.maximum(np.log(spent_SU) - log_budget_SU, 0.0)
+        # Without a slope all domains are at the floor, and the excess is rounding.
+        step_SU = excess_SU * spent_SU / np.where(slope_SU > 0.0, slope_SU, np.inf)
+        u_SU = u_SU + step_SU
+        if not (step_SU > 1e-12).any():
+            break
+    log_size_SUK = log_size(u_SU)
     size_SUK, free_SUK = np.exp(log_size_SUK), log_size_SUK > log_floor_SU1
 
     response_SUK = free_SUK / steepness_SUK

@@ -44,7 +44,7 @@ class Exponential(Law):
 
     def loss(self, theta: Theta, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights_RK = inputs["weights"]
-        excess_SR = np.exp((theta["t"] * weights_RK).sum(-1))
+        excess_SR = np.exp(theta["t"][:, 0] @ weights_RK.T)
         return theta["c"] + excess_SR, {
             "c": np.ones_like(excess_SR),
             "t": excess_SR[..., None] * weights_RK,
@@ -174,7 +174,7 @@ class JointMixture(Law):
             ("B", "b", "beta", "tokens"),
         ):
             weights_RK, scale_R = inputs["weights"], inputs[scale]
-            sum_SR = (theta[factor] * weights_RK).sum(-1)
+            sum_SR = theta[factor][:, 0] @ weights_RK.T
             term_SR = sum_SR ** theta[power] * scale_R ** -theta[exponent]
             loss_SR = loss_SR + term_SR
             by_sum_SR = theta[power] * term_SR / sum_SR
@@ -207,7 +207,7 @@ MIXTURE_TERM = (
 def mixture_term(theta: Theta, weights_RK: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """E + 1 / sum_j C_j w_j^gamma_j and its derivatives; an absent domain adds nothing."""
     power_SRK = weights_RK ** theta["gamma"]
-    inverse_SR = 1.0 / (theta["C"] * power_SRK).sum(-1)
+    inverse_SR = 1.0 / np.einsum("sk,srk->sr", theta["C"][:, 0], power_SRK)
     by_sum_SR1 = -(inverse_SR**2)[..., None]
     return theta["E"] + inverse_SR, {
         "E": np.ones_like(inverse_SR),

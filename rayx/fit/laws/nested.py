@@ -18,7 +18,6 @@ from rayx.errors import FitError
 from rayx.fit.laws.law import Inputs, Law, Parameter, Theta
 from rayx.fit.laws.mixture import Exponential
 
-
 FEWEST = 5  # points for the three parameters of a power law
 
 
