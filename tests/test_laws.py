@@ -40,10 +40,11 @@ CASES = {
     "repetition": LawCase(Repetition, PLAIN | {"R_star": 12.0}),
     "exponential": LawCase(Exponential, {"c": 1.8, "t": [-0.5, 0.3, -1.2]}),
     "bimix": LawCase(BiMix, {"alpha": 0.08, "B": 1500.0, "beta": 0.36, "C": 1.7}),
-    "additive_mixture": LawCase(AdditiveMixture, MIXTURE | {"A": 400.0, "B": 1500.0}),
+    "additive_mixture": LawCase(AdditiveMixture, MIXTURE | {"A": 400.0, "B": 1500.0}, draws=3),
     "joint_mixture": LawCase(
         JointMixture,
         MIXTURE | {"A": [2e3, 5e2, 3e2], "a": 0.9, "B": [8e2, 1.5e3, 6e3], "b": 0.95},
+        draws=2,
     ),
     "capacity": LawCase(
         Capacity,
@@ -57,6 +58,7 @@ CASES = {
         },
         draw={"target": lambda rng, n, c: rng.integers(0, 3, n).astype(float)},
         permutable=False,
+        draws=2,
     ),
     "multilingual": LawCase(
         Multilingual, {"E": 1.2, "B": 300.0, "alpha": 0.3, "c1": 0.3, "c2": 0.5, "c3": 0.8}

@@ -10,7 +10,7 @@ from rayx.errors import ChoiceError, FitError
 from rayx.fit.laws.continued import (
     DCPT,
     CrossDomainDCPT,
-    compute_optimal,
+    optimal_size_at_ratio,
     ratio_of_limited_data,
     ratio_within_tolerance,
 )
@@ -133,14 +133,14 @@ def test_usage_3_is_the_best_size_of_a_brute_force_search(domain_law, ratio):
     flops = 1e21
     params_G = np.geomspace(1e6, 1e14, 200_001)
     loss_G = domain_law.predict(params_G, flops / 6 / params_G, np.full(len(params_G), ratio))
-    params, tokens = compute_optimal(domain_law, flops, ratio)
+    params, tokens = optimal_size_at_ratio(domain_law, flops, ratio)
     assert params == pytest.approx(params_G[np.argmin(loss_G)], rel=1e-3)
     assert 6 * params * tokens == pytest.approx(flops)
 
 
 def test_usage_3_has_no_answer_without_data_of_the_domain(domain_law):
     with pytest.raises(ChoiceError, match="ratio is 0"):
-        compute_optimal(domain_law, 1e21, 0.0)
+        optimal_size_at_ratio(domain_law, 1e21, 0.0)
 
 
 def test_ratio_in_percent_is_refused():

@@ -28,6 +28,7 @@ class LawCase:
     noise: float = 0.005  # standard deviation of the log loss (of the loss, over its median)
     open: tuple[str, ...] = ()  # parameters that such runs do not determine
     permutable: bool = True  # domains are alike
+    draws: int = 4  # of the quick check of intervals
 
 
 DRAWS: dict[str, Callable[[np.random.Generator, int, Columns], np.ndarray]] = {
@@ -191,7 +192,7 @@ def check_runs_without_noise_are_met(case: LawCase) -> None:
 
 
 def check_intervals_hold_the_truth(case: LawCase) -> None:
-    inside, total = coverage(case, draws=6, bootstrap=200)
+    inside, total = coverage(case, draws=case.draws, bootstrap=100)
     # Few draws, and a fit's parameters fail together: tests/test_laws.py has 200 draws, slow.
     assert inside / total > 0.75, (inside, total)
 

@@ -5,7 +5,7 @@ from rayx.fit.laws.chinchilla import Chinchilla
 from rayx.fit.laws.continued import (
     DCPT,
     CrossDomainDCPT,
-    compute_optimal,
+    optimal_size_at_ratio,
     ratio_of_limited_data,
     ratio_within_tolerance,
 )
@@ -51,12 +51,12 @@ __all__ = [
     "SplitTransfer",
     "SplitTwoStage",
     "choose_law",
-    "compute_optimal",
     "critical_ratio",
     "effective_fraction",
     "extrapolate",
     "laws",
     "optimal_size",
+    "optimal_size_at_ratio",
     "nested_mixture_law",
     "ratio_of_limited_data",
     "ratio_within_tolerance",

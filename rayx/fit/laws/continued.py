@@ -212,7 +212,7 @@ def ratio_of_limited_data(law: DCPT, params: float, domain_tokens: float, tokens
     return lowest(loss, ratio_G[np.clip([best - 1, best, best + 1], 0, len(ratio_G) - 1)])
 
 
-def compute_optimal(law: DCPT, flops: float, ratio: float) -> tuple[float, float]:
+def optimal_size_at_ratio(law: DCPT, flops: float, ratio: float) -> tuple[float, float]:
     """Params and tokens of the lowest loss at C = 6 N D FLOPs and a given ratio.
 
     A alpha N^-alpha = B r^eta beta D^-beta at the optimum, so
