@@ -15,6 +15,9 @@ from rayx.fit.laws.continued import (
     ratio_within_tolerance,
 )
 from rayx.fit.laws.critical_ratio import PowerChange, TwoPowerChange, critical_ratio
+from rayx.fit.laws.nested import SizeLaw, TokenLaw
+from tests.contracts import law_contract
+from tests.contracts.law_contract import LawCase
 from tests.planted import planted_loss, with_noise
 
 DOMAIN = {  # falls in r from a billion tokens on, as the paper asks
@@ -234,3 +237,31 @@ def test_general_loss_that_rises_and_recovers_is_followed():
     assert 0 < np.argmax(change_T) < len(TOKENS_T) - 1
     law = TwoPowerChange().fit(TOKENS_T, change_T)
     np.testing.assert_allclose(law.predict(TOKENS_T), change_T, atol=1e-6)
+
+
+PARTS = [  # laws that only serve others, and are not in the registry
+    LawCase(PowerChange, {"a": -300.0, "s": -0.3, "b": 0.1}),
+    LawCase(
+        TwoPowerChange,
+        {"a": -3e4, "s": -0.5, "c": 0.002, "gap": 0.7, "b": 0.3},
+        open=("a", "s", "c", "gap", "b"),
+    ),
+    LawCase(TokenLaw, {"E": 1.5, "A": 900.0, "alpha": 0.3}),
+    LawCase(SizeLaw, {"E": 1.5, "A": 300.0, "alpha": 0.3}),
+]
+
+
+@pytest.mark.parametrize("case", PARTS, ids=lambda case: case.make.name)
+@pytest.mark.parametrize(
+    "check",
+    [
+        law_contract.check_derivatives_agree_with_numeric_differences,
+        law_contract.check_a_batch_of_parameters_is_that_of_each,
+        law_contract.check_natural_parameters_give_the_scaled_law,
+        law_contract.check_units_of_the_data_do_not_matter,
+        law_contract.check_runs_without_noise_are_met,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_laws_inside_other_laws_keep_the_contract(case, check):
+    check(case)

@@ -1,6 +1,7 @@
 """Laws of the mixture and of repetition: what each says of scale, redundancy and the edges."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from rayx.fit.laws.multilingual import Multilingual, effective_fraction
 from rayx.fit.laws.nested import nested_mixture_law
 from rayx.fit.laws.repetition import Repetition
 from rayx.units import effective_tokens
+from tests.contracts.law_contract import check_derivatives_agree_with_numeric_differences
 from tests.planted import planted_loss, with_noise
+from tests.test_laws import CASES
 
 SCALES = [(1e8, 2e9), (1e9, 2e10), (1e10, 1e12)]
 
@@ -95,6 +98,32 @@ def test_absent_domain_is_as_if_it_were_not_there(law, truth):
         planted_loss(law, two, params_R, tokens_R, weights_RK[:, :2]),
         rtol=1e-12,
     )
+
+
+EDGES = {  # inputs where a power is of 0, or of 1 - 1
+    "exponential": {"weights": lambda rng, n, c: np.eye(3)[np.arange(n) % 3]},
+    "additive_mixture": {"weights": lambda rng, n, c: np.eye(3)[np.arange(n) % 3]},
+    "joint_mixture": {"weights": lambda rng, n, c: np.eye(3)[np.arange(n) % 3]},
+    "capacity": {  # one of three absent
+        "target": lambda rng, n, c: np.arange(n) % 3.0,
+        "weights": lambda rng, n, c: (
+            np.array([[6, 0, 4], [4, 6, 0], [0, 4, 6]])[np.arange(n) % 3] / 10
+        ),
+    },
+    "bimix": {"ratio": lambda rng, n, c: np.ones(n)},
+    "multilingual": {"ratio": lambda rng, n, c: np.ones(n)},
+    "dcpt": {"ratio": lambda rng, n, c: np.arange(n) % 2.0},
+    "cross_domain_dcpt": {
+        "ratio": lambda rng, n, c: np.arange(n) % 2.0,
+        "decline": lambda rng, n, c: np.zeros(n),
+    },
+    "repetition": {"unique_tokens": lambda rng, n, c: c["tokens"] * (1.0 + np.arange(n) % 2)},
+}
+
+
+@pytest.mark.parametrize(("law", "edge"), EDGES.items(), ids=EDGES)
+def test_laws_and_derivatives_have_values_at_the_edges(law, edge):
+    check_derivatives_agree_with_numeric_differences(replace(CASES[law], draw=edge))
 
 
 def test_exponential_law_finds_ye_s_law_with_its_factor_absorbed():

@@ -141,7 +141,8 @@ def critical_ratio(
         FitError: Ratios do not increase, or fewer than 4 budgets have a critical ratio between the
             ratios tried.
 
-    Source: Gu et al. 2024, arXiv:2407.17467, sections 3 and 4.
+    Source: Gu et al. 2024, arXiv:2407.17467, the critical mixture ratio.
+    Differs: PCHIP between the ratios, where the paper does not say how it interpolates.
     """
     if not (np.diff(ratio_C) > 0.0).all():
         raise FitError(
