@@ -167,6 +167,41 @@ def test_choose_plan_and_report_from_a_store(cli, world_store, tmp_path):
     assert code == 2 and "more than one" in err and "give --name" in err
 
 
+def test_choose_obeys_its_options_and_prints_a_front(cli, world_store, tmp_path):
+    weights, losses = csv_files(tmp_path, world_store[1])
+    tokens = ",".join(
+        f"{domain}={'3e5' if domain == 'web' else '1e7'}"
+        for domain in ("web", "code", "math", "books")
+    )
+    given = (
+        "choose", "--weights", weights, "--losses", losses, "--objective", "web=1",
+        "--regressor", "inverse-power", "--fix", "books=0.15", "--json",
+    )  # fmt: skip
+    plain = Choice.from_json(cli(*given)[1])
+    code, out, err = cli(
+        *given, "--method", "convex", "--groups", "code+math=0.3:0.6", "--discount", tokens,
+        "--tokens", "1e6", "--keep", "code=proportional,math=9",
+    )  # fmt: skip
+    assert code == 0, err
+    choice = Choice.from_json(out)
+    assert choice.weights["books"] == pytest.approx(0.15, abs=1e-9)
+    assert plain.weights["code"] + plain.weights["math"] < 0.3
+    assert 0.3 - 1e-6 <= choice.weights["code"] + choice.weights["math"] <= 0.6 + 1e-6
+    assert choice.given_up["code"] <= 1e-6 and set(choice.limits) == {"code", "math"}
+    assert choice.repetition["web"] == pytest.approx(choice.weights["web"] * 1e6 / 3e5)
+    assert choice.method["name"] == "convex" and plain.method["name"] == "simulate"
+    code, out, _ = cli(*given, "--pareto", "web,code+math")
+    front = json.loads(out)["front"]
+    assert code == 0 and len(front) > 3
+    goals = np.array([list(point["goals"].values()) for point in front])
+    assert (np.diff(goals[:, 0]) > 0).all() and (np.diff(goals[:, 1]) < 0).all()
+    assert all(point["weights"]["books"] == pytest.approx(0.15, abs=1e-6) for point in front)
+    code, out, _ = cli(*given[:-1], "--pareto", "web,code+math")
+    assert code == 0 and len(out.splitlines()) == len(front) + 1
+    code, out, _ = cli(*given[:-1])
+    assert code == 0 and "given up against proportional:" in out
+
+
 @pytest.mark.ray
 def test_choose_with_a_corpus_writes_a_plan_that_stands_alone(
     ray_cluster, cli, experiment, tiny_corpus
@@ -266,6 +301,40 @@ BAD_CALLS = {
         ["choose", "STORE", "--corpus", "TINY", "--tokens", "1e4"],
         "no domain",
     ),
+    "choose fixed over cap": (
+        ["choose", "STORE", "--caps", "D=.1", "--fix", "D=.2"],
+        "fixed at 0.2",
+    ),
+    "choose fix twice": (["choose", "STORE", "--fix", "web=.1,web=.2"], "'web' twice"),
+    "choose group syntax": (
+        ["choose", "STORE", "--groups", "web=0.1:x"],
+        "'x'; expected a.b=least",
+    ),
+    "choose group domain": (["choose", "STORE", "--groups", "web+wbe=.1:.2"], "mean 'web'"),
+    "choose group bounds": (["choose", "STORE", "--groups", "web=.3:.2"], "low <= high"),
+    "choose group conflict": (
+        ["choose", "STORE", "--groups", "web+code=.6:.8,code+math=.6:.8", "--caps", "code=.1"],
+        "No mixture keeps all of: the cap of code .0.1., at least 0.6 for web.code, at least 0.6",
+    ),
+    "choose keep target": (["choose", "STORE", "--keep", "wbe=1"], "--keep has target 'wbe'"),
+    "choose keep syntax": (["choose", "STORE", "--keep", "web=best"], "'best'; expected target="),
+    "choose keep unattainable": (
+        ["choose", "STORE", "--keep", "web=0.1", "--regressor", "inverse-power"],
+        "keep web at most 0.1000 .least attainable",
+    ),
+    "choose method": (["choose", "STORE", "--method", "convx"], "Did you mean 'convex'"),
+    "choose pareto target": (["choose", "STORE", "--pareto", "web,q"], "--pareto has target 'q'"),
+    "choose pareto one": (["choose", "STORE", "--pareto", "web"], "two goals or more"),
+    "choose discount alone": (["choose", "STORE", "--discount", "web=1"], "needs --tokens"),
+    "choose discount of no corpus": (
+        ["choose", "STORE", "--discount", "corpus", "--tokens", "1e6"],
+        "needs --corpus",
+    ),
+    "choose discount domains": (
+        ["choose", "STORE", "--discount", "web=1", "--tokens", "1e6"],
+        "'code' is on one side only",
+    ),
+    "choose tokens alone": (["choose", "STORE", "--tokens", "1e6"], "--corpus and --tokens go"),
     "corpus nothing": (["corpus", "build", "c"], "source"),
     "corpus source syntax": (["corpus", "build", "c", "--source", "web"], "is not name=path"),
     "corpus source missing": (["corpus", "build", "c", "--source", "web=x.jsonl"], "x.jsonl"),

@@ -1,4 +1,4 @@
-"""`rayx fit`, `choose`, `plan` and `report`: from records, or a CSV, to a plan."""
+"""`rayx fit`, `plan` and `report`: from records, or a CSV, to a page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rayx.caps import supply_caps
-from rayx.choose import Choice, Constraints
-from rayx.choose import choose as choose_mixture
+from rayx.choose import Choice
 from rayx.cli.options import (
     JsonOption,
     LossesOption,
@@ -20,37 +18,13 @@ from rayx.cli.options import (
     StoreArgument,
     StoreOrNone,
     WeightsOption,
+    read_table,
 )
-from rayx.cli.output import check_folder, fit_progress, grid_of, show_choice, warn, write_text
-from rayx.corpus import Corpus
+from rayx.cli.output import check_folder, fit_progress, grid_of, warn, write_text
 from rayx.errors import FitError, SpecError
-from rayx.fit import Table, evaluate_fit, fit_table, largest_scale, normalised_objective
-from rayx.plan import Plan
+from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
 from rayx.report import render
 from rayx.store import Store, open_store
-
-
-def _table(store: str | None, weights: str | None, losses: str | None) -> Table:
-    """Read the table from a store, or from two CSV files."""
-    if store and not (weights or losses):
-        return Table.from_frame(largest_scale(open_store(store).runs()))
-    if weights and losses and not store:
-        return Table.from_csv(weights, losses)
-    raise SpecError("Give a STORE, or --weights and --losses; not both and not one of the two.")
-
-
-def parse_numbers(option: str, text: str) -> dict[str, float]:
-    """Parse `name=number,name=number`."""
-    result = {}
-    for part in text.split(","):
-        name, equals, number = part.rpartition("=")
-        try:
-            result[name.strip()] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not name.strip():
-            raise SpecError(f"{option} has {part!r}; expected name=number, separated by commas.")
-    return result
 
 
 def fit(
@@ -69,7 +43,7 @@ def fit(
     """
     if (test_weights is None) != (test_losses is None):
         raise SpecError("--test-weights and --test-losses go together; give both or neither.")
-    table = _table(store, weights, losses)
+    table = read_table(store, weights, losses)
     test = Table.from_csv(test_weights, test_losses) if test_weights and test_losses else None
     with fit_progress() as shown:
         result = evaluate_fit(table, test, regressor, seed, shown)
@@ -86,70 +60,6 @@ def fit(
     Console().print(grid)
     mean = ", ".join(f"{name} {value:.4f}" for name, value in result["mean"].items())
     typer.echo(f"mean of {len(result['targets'])} targets: {mean}; {result['seconds']:.1f} s")
-
-
-def choose(
-    store: StoreOrNone = None,
-    weights: WeightsOption = None,
-    losses: LossesOption = None,
-    objective: Annotated[
-        str | None, typer.Option(help="target=weight,… [default: all alike]")
-    ] = None,
-    prior: Annotated[
-        str | None, typer.Option(help="domain=weight,… [default: supply, or uniform]")
-    ] = None,
-    caps: Annotated[str | None, typer.Option(help="domain=largest share,…")] = None,
-    floors: Annotated[str | None, typer.Option(help="domain=least share,…")] = None,
-    corpus: Annotated[str | None, typer.Option(help="Corpus whose supply caps the shares.")] = None,
-    tokens: Annotated[
-        float | None, typer.Option(help="Tokens of the final run, with --corpus.")
-    ] = None,
-    max_epochs: Annotated[float, typer.Option(help="Passes over a domain, with --corpus.")] = 4.0,
-    regressor: RegressorOption = "auto",
-    seed: SeedOption = 0,
-    name: Annotated[str, typer.Option(help="Name of the choice and plan in the store.")] = "choice",
-    as_json: JsonOption = False,
-) -> None:
-    """Choose a mixture under constraints; a store keeps the choice and, with --corpus, a plan.
-
-    Example: `rayx choose runs/mine --objective docs=2,wiki=1 --corpus data/mine --tokens 2e9`
-    """
-    if (corpus is None) != (tokens is None):
-        raise SpecError("--corpus and --tokens go together: caps are epochs * supply / tokens.")
-    table = _table(store, weights, losses)
-    limits = parse_numbers("--caps", caps) if caps else {}
-    supply: dict[str, float] = dict.fromkeys(table.domains, 1.0)
-    opened = Corpus.load(corpus) if corpus else None
-    if opened is not None and tokens is not None:
-        missing = [d for d in table.domains if d not in opened.domains]
-        if missing:
-            raise SpecError(f"Corpus {corpus} has no domain {missing[0]!r}, which the runs have.")
-        supply = {d: float(opened.tokens[d]) for d in table.domains}
-        for domain, cap in supply_caps(supply, tokens, max_epochs).items():
-            limits[domain] = min(cap, limits.get(domain, 1.0))
-    # All that can be wrong is found before the time of the fit is spent.
-    constraints = Constraints.by_name(
-        table.domains, parse_numbers("--floors", floors) if floors else None, limits
-    )
-    goal = (
-        parse_numbers("--objective", objective) if objective else dict.fromkeys(table.targets, 1.0)
-    )
-    goal = normalised_objective(goal, table.targets)
-    centre = parse_numbers("--prior", prior) if prior else supply
-    kept = open_store(store) if store else None
-    if kept is not None and kept.exists(f"choices/{name}.json"):
-        warn([f"the choice {name!r} in the store is replaced"])
-    with fit_progress() as shown:
-        fitted = fit_table(table, regressor, seed, shown)
-    choice = choose_mixture(fitted, goal, centre, constraints, seed=seed)
-    if kept is not None:
-        kept.write_bytes(f"choices/{name}.json", choice.to_json().encode())
-        if opened is not None and tokens is not None:
-            plan = Plan.of(choice, opened, int(tokens), limits, kept, table.run_ids)
-            kept.write_json(f"plans/{name}.json", plan.to_json())
-    if as_json:
-        return typer.echo(choice.to_json())
-    show_choice(choice)
 
 
 def plan(

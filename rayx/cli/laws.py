@@ -11,8 +11,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from rayx.cli.decisions import parse_numbers
-from rayx.cli.options import JsonOption, SeedOption
+from rayx.cli.options import JsonOption, SeedOption, parse_numbers
 from rayx.cli.output import check_folder, fit_progress, grid_of, warn
 from rayx.errors import FitError, SpecError, did_you_mean
 from rayx.fit.laws import Law, LawTable, choose_law, extrapolate, laws

@@ -1,10 +1,14 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and how they are read."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+
+from rayx.errors import SpecError
+from rayx.fit import Table, largest_scale
+from rayx.store import open_store
 
 StoreArgument = Annotated[
     str, typer.Argument(help="The store: a folder, s3:// or gs://.", metavar="STORE")
@@ -18,3 +22,40 @@ RegressorOption = Annotated[str, typer.Option(help="auto, or one of the regresso
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn.")]
 NameOption = Annotated[str | None, typer.Option(help="Which one, where there are several.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def read_table(store: str | None, weights: str | None, losses: str | None) -> Table:
+    """Read the table from a store, or from two CSV files."""
+    if store and not (weights or losses):
+        return Table.from_frame(largest_scale(open_store(store).runs()))
+    if weights and losses and not store:
+        return Table.from_csv(weights, losses)
+    raise SpecError("Give a STORE, or --weights and --losses; not both and not one of the two.")
+
+
+def parse_pairs(option: str, text: str, form: str) -> dict[str, str]:
+    """Parse `name=value,name=value`; `form` is what the error asks for."""
+    result: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+        if not (equals and name and value):
+            raise SpecError(f"{option} has {part!r}; expected {form}, separated by commas.")
+        if name in result:
+            raise SpecError(f"{option} has {name!r} twice; give it once.")
+        result[name] = value
+    return result
+
+
+def number_of(option: str, text: str, form: str) -> float:
+    """Parse one number of an option."""
+    try:
+        return float(text)
+    except ValueError:
+        raise SpecError(f"{option} has {text!r}; expected {form}, separated by commas.") from None
+
+
+def parse_numbers(option: str, text: str | None) -> dict[str, float]:
+    """Parse `name=number,name=number`; nothing where the option was not given."""
+    form = "name=number"
+    pairs = parse_pairs(option, text, form) if text else {}
+    return {name: number_of(option, value, form) for name, value in pairs.items()}

@@ -88,4 +88,11 @@ def show_choice(choice: Choice) -> None:
     Console().print(grid)
     low, high = choice.interval
     typer.echo(f"{choice.level:.0%} interval of the choice: {low:.4f} to {high:.4f}")
+    worse = {target: loss for target, loss in choice.given_up.items() if loss > 0}
+    if worse:
+        listed = ", ".join(f"{target} {loss:+.4f}" for target, loss in worse.items())
+        typer.echo(f"given up against proportional: {listed}")
+    if choice.repetition:
+        listed = ", ".join(f"{d} {passes:.2g}" for d, passes in choice.repetition.items())
+        typer.echo(f"epochs: {listed}")
     warn(choice.warnings)
