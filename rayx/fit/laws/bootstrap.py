@@ -9,6 +9,8 @@ import numpy as np
 
 from rayx.fit.laws.problem import Problem
 
+TOLERANCE = 1e-8  # of a replicate's objective: its parameters vary by far more than that leaves
+
 
 def replicate(
     problem: Problem, optima_OP: np.ndarray, group_R: np.ndarray, num: int, seed: int
@@ -33,7 +35,7 @@ def replicate(
     weights_BR = draws_BG[:, group_R].astype(float)
     best_BP, best_B = np.empty((num, problem.num_parameters)), np.full(num, np.inf)
     for start_P in optima_OP:
-        u_BP, cost_B = problem.solve(np.tile(start_P, (num, 1)), weights_BR)
+        u_BP, cost_B = problem.solve(np.tile(start_P, (num, 1)), weights_BR, TOLERANCE)
         better_B = cost_B < best_B
         best_BP[better_B], best_B[better_B] = u_BP[better_B], cost_B[better_B]
     return best_BP[np.isfinite(best_B)]

@@ -26,6 +26,7 @@ MAX_STARTS = 256
 FULL_STARTS = 16  # the best after the first threshold; these are taken to the optimum
 SAME = 1e-3  # optima nearer than this in every u are one
 MAX_OPTIMA = 3
+NEARLY_BEST = 0.05  # of the objective: optima that a bootstrap replicate might prefer
 
 
 def dimension(name: str) -> str | None:
@@ -106,7 +107,9 @@ class Problem:
             u_SP[:, at] = _unbounded(p, np.array(p.start)[picked])[:, None]
         return u_SP
 
-    def solve(self, u_SP: np.ndarray, row_weights_SR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def solve(
+        self, u_SP: np.ndarray, row_weights_SR: np.ndarray, tolerance: float = 1e-13
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Take each start to its optimum; returns u_SP and the objective.
 
         Source: free scale: Besiroglu et al. 2024, arXiv:2404.10102, the Huber likelihood
@@ -115,7 +118,9 @@ class Problem:
         law, count = self.law, len(u_SP)
         if not law.free_scale:
             delta_S = np.full(count, law.delta)
-            return huber.minimise(self.model, u_SP, self.target_R, row_weights_SR, delta_S)
+            return huber.minimise(
+                self.model, u_SP, self.target_R, row_weights_SR, delta_S, tolerance=tolerance
+            )
         scale_S, objective_S, first = np.zeros(count), np.full(count, np.inf), None
         for _ in range(20):
             with np.errstate(all="ignore"):
@@ -131,7 +136,7 @@ class Problem:
                 break
             u_SP, _ = huber.minimise(
                 self.model, u_SP, self.target_R, row_weights_SR, law.delta * scale_S,
-                from_delta=first,
+                from_delta=first, tolerance=tolerance,
             )  # fmt: skip
             first = float(1e3 * law.delta * scale_S.max())
         return u_SP, np.where(np.isfinite(objective_S), objective_S, np.inf)
@@ -152,7 +157,8 @@ class Problem:
         kept = [order[0]]
         for s in order[1:]:
             apart = all(np.abs(u_SP[s] - u_SP[k]).max() > SAME for k in kept)
-            if apart and np.isfinite(cost_S[s]) and len(kept) < MAX_OPTIMA:
+            near = cost_S[s] <= cost_S[kept[0]] + NEARLY_BEST * abs(cost_S[kept[0]])
+            if apart and near and len(kept) < MAX_OPTIMA:
                 kept.append(s)
         return u_SP[kept], cost_S[kept]
 
