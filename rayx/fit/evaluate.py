@@ -6,9 +6,10 @@ import time
 
 import numpy as np
 
-from rayx.fit.auto import Progress, fit_table, spearman
+from rayx.fit.auto import Progress, fit_table
 from rayx.fit.fitted import FittedTable
 from rayx.fit.regressor import Regressor
+from rayx.fit.scores import spearman
 from rayx.fit.table import Table
 
 

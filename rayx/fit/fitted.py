@@ -1,9 +1,9 @@
 """Stage 5, regression: one fitted model per target, and what it says about a weighted objective.
 
-Intervals rest on the out-of-fold residuals: those of each target for its own interval, those of the
-weighted sum for an objective (targets err together, so their variances do not simply add), and
-those of pairs of rows for the difference between two mixtures. They cover the loss of one more run,
-noise included.
+Intervals for one more run, noise included, rest on the out-of-fold residuals: those of each target
+for its own interval, those of the weighted sum for an objective (targets err together, so their
+variances do not simply add). The interval for the expected difference of two mixtures, which noise
+does not widen, rests on how far the folds' models disagree about that difference.
 
 Shapes: R runs, K domains, M mixtures to predict, T targets.
 """
@@ -16,9 +16,11 @@ from typing import Literal, overload
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from rayx.errors import FitError, did_you_mean
 from rayx.fit.regressor import CrossFit, checked_weights
+from rayx.fit.scores import signal_floor
 from rayx.fit.table import Table
 
 MIN_JOINT_ROWS = 8
@@ -33,7 +35,8 @@ class FittedTable:
         table: What was fitted.
         models: For each target its chosen model; fitted on the rows that have that target.
         regressors: For each target the name of what was chosen, "a+b" for an average.
-        cv: One row per target and regressor tried: target, regressor, spearman, r2, mse, chosen.
+        cv: One row per target and regressor that was not given up early: target, regressor,
+            spearman, r2, mse, chosen.
         no_signal: Targets that no regressor predicts better than their mean does.
         warnings: What should make one distrust the fit, in words.
     """
@@ -135,21 +138,54 @@ class FittedTable:
         other_K: np.ndarray,
         targets: Mapping[str, float],
         level: float = 0.9,
+        one_run_each: bool = False,
     ) -> tuple[float, float, float]:
         """Objective of one mixture less that of another: (difference, low, high).
 
-        The interval is that of the difference of two runs, from the out-of-fold residuals of pairs
-        of rows. It is wide for neighbours, whose model errors are alike.
+        The interval is that of the expected difference, which many runs of both would show: it
+        holds the error of the models and no noise of a run. With `one_run_each` it is that of the
+        difference of two single runs.
+
+        difference +- t sd, sd^2 = (F - 1) / F * sum_f (difference_f - mean)^2 over the folds'
+        models, t the quantile of Student's t with F - 1 degrees of freedom. For two runs the
+        quantile of |residual_i - residual_j| over pairs of rows.
+
+        Source: Efron and Stein 1981, Ann. Statist. 9(3), the jackknife.
+        Limits: an error that all folds' models share (a wrong form) is not in it, except for
+            targets without signal, where it is the largest signal that would have been missed.
         """
+        if not 0.0 < level < 1.0:
+            raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
         shares = normalised_objective(targets, self.table.targets)
-        both_MK = np.stack([weights_K, other_K])
+        both_MK = self._checked(np.stack([weights_K, other_K]))
         value, other = self.objective(both_MK, shares)
-        residual_R = self._objective_residuals(shares)
-        i, j = np.triu_indices(len(residual_R), k=1)
-        step = max(1, len(i) // MAX_PAIRS)
-        gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
-        half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
+        if one_run_each:
+            residual_R = self._objective_residuals(shares)
+            i, j = np.triu_indices(len(residual_R), k=1)
+            step = max(1, len(i) // MAX_PAIRS)
+            gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
+            half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
+        else:
+            half = self._expected_half(both_MK, shares, level)
         return float(value - other), float(value - other - half), float(value - other + half)
+
+    def _expected_half(
+        self, both_MK: np.ndarray, shares: Mapping[str, float], level: float
+    ) -> float:
+        """Half the width of the interval of the expected difference of two mixtures."""
+        by_folds: dict[int, np.ndarray] = {}  # targets with the same folds err together
+        missed = 0.0
+        for target, share in shares.items():
+            model = self.models[target]
+            gaps_F = np.array([-np.diff(predict(both_MK))[0] for predict in model.predict_folds])
+            by_folds[len(gaps_F)] = by_folds.get(len(gaps_F), 0.0) + share * gaps_F
+            if target in self.no_signal:
+                missed += share * model.residual_sd * min(1.0, signal_floor(len(model.oof_R)))
+        # Targets with other folds: as if their errors were all one error.
+        sd = sum(np.sqrt((count - 1) * gaps_F.var()) for count, gaps_F in by_folds.items())
+        reach = float(stats.t.ppf(0.5 + level / 2.0, min(by_folds) - 1))
+        # Either mixture's mean may be off by the signal missed.
+        return float(reach * np.hypot(sd, np.sqrt(2.0) * missed))
 
     def _objective_residuals(self, shares: Mapping[str, float]) -> np.ndarray:
         """Out-of-fold residuals of the weighted sum, on rows that have all its targets."""

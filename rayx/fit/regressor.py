@@ -5,10 +5,11 @@ constructor arguments stored verbatim, `fit` returns self, learned values end in
 subclass `PointRegressor` and write `fit_point`; fitting the folds, the out-of-fold residuals and
 `predict(..., std=True)` come with it.
 
-The standard deviation is that of the out-of-fold residuals, so it holds the noise of a run and the
-error of the model alike. Where the models of the folds disagree more than they do on the rows that
-they were fitted to (far from the data), it grows by that disagreement. Rows with the same mixture
-(replicates with another seed) always share a fold.
+The standard deviation is that of the out-of-fold residuals, less what they owe to the rows that a
+fold's model misses, so it holds the noise of a run and the error of the model alike. Where the
+folds' models disagree more than they do on nearly all rows that they were fitted to (far from the
+data), it grows by that disagreement. Rows with the same mixture (replicates with another seed)
+always share a fold.
 
 Shapes: R runs, K domains, M mixtures to predict, F folds, T targets.
 """
@@ -29,6 +30,7 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # weights_MK -> loss_M
 PointFit = Callable[[np.ndarray, np.ndarray], Predictor]  # weights_RK, loss_R -> Predictor
 Self = TypeVar("Self", bound="PointRegressor")
 MIN_ROWS = 4
+USUAL = 0.95  # share of the training rows on which the folds' disagreement is as usual
 
 
 class Regressor(Protocol):
@@ -48,19 +50,21 @@ class CrossFit:
         predict_folds: Model f was fitted without the rows of fold f.
         oof_R: For each row the prediction of the model that did not see it.
         residual_sd: Root mean square of loss - oof, > 0.
-        spread: Variance between folds' models on the training rows (mean over rows).
+        run_sd: The same for the model of all rows: what one more run among the rows would show.
+        usual_spread: Jackknife variance below which 95% of the training rows lie.
     """
 
     predict_all: Predictor
     predict_folds: tuple[Predictor, ...]
     oof_R: np.ndarray
     residual_sd: float
-    spread: float
+    run_sd: float
+    usual_spread: float
 
     def std(self, weights_MK: np.ndarray) -> np.ndarray:
         """Standard deviation of a run's loss around the prediction, shape (M,), > 0."""
-        excess_M = jackknife_variance(self.predict_folds, weights_MK) - self.spread
-        return np.sqrt(self.residual_sd**2 + np.maximum(excess_M, 0.0))
+        excess_M = jackknife_variance(self.predict_folds, weights_MK) - self.usual_spread
+        return np.sqrt(self.run_sd**2 + np.maximum(excess_M, 0.0))
 
 
 def jackknife_variance(predictors: Sequence[Predictor], weights_MK: np.ndarray) -> np.ndarray:
@@ -96,19 +100,39 @@ def make_folds(weights_RK: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     return (order % min(num_folds, num_groups))[group_R]
 
 
+def fit_folds(
+    fit_point: PointFit,
+    weights_RK: np.ndarray,
+    loss_R: np.ndarray,
+    fold_R: np.ndarray,
+    folds: Sequence[int],
+) -> list[Predictor]:
+    """Fit once without each of the folds given."""
+    return [fit_point(weights_RK[fold_R != fold], loss_R[fold_R != fold]) for fold in folds]
+
+
+def held_out(
+    predictors: Sequence[Predictor], weights_RK: np.ndarray, fold_R: np.ndarray
+) -> np.ndarray:
+    """Predict each row by the model of its fold, shape (R,); NaN in folds that have none yet."""
+    oof_R = np.full(len(fold_R), np.nan)
+    for fold, predict in enumerate(predictors):
+        oof_R[fold_R == fold] = predict(weights_RK[fold_R == fold])
+    return oof_R
+
+
 def cross_fit(
-    fit_point: PointFit, weights_RK: np.ndarray, loss_R: np.ndarray, fold_R: np.ndarray
+    fit_point: PointFit,
+    weights_RK: np.ndarray,
+    loss_R: np.ndarray,
+    fold_R: np.ndarray,
+    first: Sequence[Predictor] = (),
 ) -> CrossFit:
-    """Fit on all rows and once without each fold."""
-    predictors = []
-    oof_R = np.empty(len(loss_R))
-    for fold in range(int(fold_R.max()) + 1):
-        held_out = fold_R == fold
-        predict = fit_point(weights_RK[~held_out], loss_R[~held_out])
-        oof_R[held_out] = predict(weights_RK[held_out])
-        predictors.append(predict)
-    predict_all = fit_point(weights_RK, loss_R)
-    return assemble(predict_all, predictors, oof_R, weights_RK, loss_R)
+    """Fit on all rows and once without each fold; `first` are the first folds' models, if any."""
+    rest = range(len(first), int(fold_R.max()) + 1)
+    predictors = [*first, *fit_folds(fit_point, weights_RK, loss_R, fold_R, rest)]
+    oof_R = held_out(predictors, weights_RK, fold_R)
+    return assemble(fit_point(weights_RK, loss_R), predictors, oof_R, weights_RK, loss_R)
 
 
 def assemble(
@@ -118,12 +142,58 @@ def assemble(
     weights_RK: np.ndarray,
     loss_R: np.ndarray,
 ) -> CrossFit:
-    """Make a CrossFit from fitted models, measuring residuals and spread."""
+    """Make a CrossFit from fitted models, measuring residuals and spread.
+
+    residual^2 = noise^2 + F / (F - 1) * variance of the model of all rows, since a fold's model
+    has F - 1 folds of F; so run_sd^2 = residual_sd^2 - spread / (F - 1).
+
+    Source: derived; the variance of a mean goes with 1 / rows.
+    """
     # A constant target leaves no residual; the floor keeps divisions by std finite.
     floor = 1e-9 * max(1.0, float(np.abs(loss_R).max()))
     residual_sd = max(float(np.sqrt(np.mean((loss_R - oof_R) ** 2))), floor)
-    spread = float(jackknife_variance(predictors, weights_RK).mean())
-    return CrossFit(predict_all, tuple(predictors), oof_R, residual_sd, spread)
+    spread_R = jackknife_variance(predictors, weights_RK)
+    missing = 1.0 / (len(predictors) - 1)
+    # The model's variance cannot be more than all that the residual is.
+    least_share = 1.0 - 1.0 / len(predictors)
+    run_share = max(1.0 - missing * float(spread_R.mean()) / residual_sd**2, least_share)
+    return CrossFit(
+        predict_all,
+        tuple(predictors),
+        oof_R,
+        residual_sd,
+        residual_sd * float(np.sqrt(run_share)),
+        float(np.quantile(spread_R, USUAL)),
+    )
+
+
+def averaged(
+    members: Sequence[CrossFit],
+    shares: Sequence[float] | np.ndarray,
+    weights_RK: np.ndarray,
+    loss_R: np.ndarray,
+) -> CrossFit:
+    """The average of fits that have the same folds, each with its share of the sum."""
+
+    def weighted(predictors: Sequence[Predictor]) -> Predictor:
+        return lambda weights_MK: sum(
+            (
+                share * predict(weights_MK)
+                for share, predict in zip(shares, predictors, strict=True)
+            ),
+            np.zeros(len(weights_MK)),
+        )
+
+    return assemble(
+        weighted([member.predict_all for member in members]),
+        [
+            weighted(predictors)
+            for predictors in zip(*(member.predict_folds for member in members), strict=True)
+        ],
+        np.asarray(shares) @ np.stack([member.oof_R for member in members]),
+        weights_RK,
+        loss_R,
+    )
 
 
 def point_fit(regressor: Regressor) -> PointFit:

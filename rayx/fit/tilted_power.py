@@ -4,7 +4,7 @@ Two departures from the additive law, found on RegMix's training rows: what the 
 to less than in proportion, and a domain can be worse (or better) than nothing by a constant factor.
 They take a quarter off the law's squared error, at 64 runs as at 384.
 
-Shapes: R runs, K domains, M mixtures, S starts, P = 3 K + 2 parameters.
+Shapes: R runs, K domains, M mixtures, S batch, P = 3 K + 2 parameters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from rayx.fit import levenberg
 from rayx.fit.regressor import PointRegressor, Predictor
 
-# (E as a share of the least loss, gamma), as for InversePower, and beta of all starts.
-STARTS = ((0.7, 0.15), (0.3, 0.15))
-OUTER_POWER = 0.5
+# One start: E as a share of the least loss, gamma of all domains, beta. On RegMix's training rows
+# two starts and 200 steps gave the same errors in eight times the time.
+FLOOR_SHARE, GAMMA, OUTER_POWER = 0.5, 0.15, 0.5
+MAX_ITERATIONS = 60
 
 
 @dataclass
@@ -27,7 +28,7 @@ class TiltedPower(PointRegressor):
     """log L(w) = log(E + S(w)^-beta) + b . w,  S(w) = sum_j C_j (w_j + offset)^gamma_j.
 
     E, C_j and beta > 0 through exp, gamma_j in (0, 1) through the logistic function; fitted on log
-    loss, robust (soft L1), analytic Jacobian, deterministic starts that treat all domains alike.
+    loss, robust (soft L1), analytic Jacobian, a start that treats all domains alike.
 
     Args:
         offset: Added to each weight, so that an absent domain stays finite, > 0.
@@ -55,23 +56,19 @@ class TiltedPower(PointRegressor):
     def fit_point(self, weights_RK: np.ndarray, loss_R: np.ndarray) -> Predictor:
         log_weights_RK = np.log(weights_RK + self.offset)
         num_domains = weights_RK.shape[1]
-        starts = []
-        for floor_share, gamma in STARTS:
-            floor = floor_share * loss_R.min()
-            log_sum_R = np.log(np.exp(gamma * log_weights_RK).sum(1))
-            log_c = -1.0 - np.mean(np.log(loss_R - floor) / OUTER_POWER + log_sum_R)
-            starts.append(
-                np.r_[
-                    np.log(floor),
-                    np.full(num_domains, log_c),
-                    np.full(num_domains, np.log(gamma / (1.0 - gamma))),
-                    np.log(OUTER_POWER),
-                    np.zeros(num_domains),
-                ]
-            )
+        floor = FLOOR_SHARE * loss_R.min()
+        log_sum_R = np.log(np.exp(GAMMA * log_weights_RK).sum(1))
+        log_c = -1.0 - np.mean(np.log(loss_R - floor) / OUTER_POWER + log_sum_R)
+        start_P = np.r_[
+            np.log(floor),
+            np.full(num_domains, log_c),
+            np.full(num_domains, np.log(GAMMA / (1.0 - GAMMA))),
+            np.log(OUTER_POWER),
+            np.zeros(num_domains),
+        ]
         theta_P = levenberg.minimise(
             lambda theta_SP: log_loss(theta_SP, weights_RK, log_weights_RK),
-            np.array(starts),
+            start_P[None],
             np.log(loss_R),
             ridge_P=np.r_[
                 0.0,
@@ -80,6 +77,7 @@ class TiltedPower(PointRegressor):
                 np.full(num_domains, self.tilt_ridge),
             ],
             scale=self.scale,
+            max_iterations=MAX_ITERATIONS,
         )
         # Beyond the losses seen by more than their whole range the law is not evidence.
         low, high = np.log(loss_R.min()), np.log(loss_R.max())

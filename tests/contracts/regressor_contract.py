@@ -12,7 +12,7 @@ import pytest
 
 from rayx.errors import FitError
 from rayx.fit import PointRegressor
-from rayx.fit.auto import spearman
+from rayx.fit.scores import spearman
 
 NUM_DOMAINS = 5
 
