@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rayx.fit.laws import Chinchilla, LawTable, PowerLaw, extrapolate
@@ -57,23 +58,24 @@ def porian(folder: Path) -> dict:
     """Fit N* = k C^a to the compute-optimal pairs of each ablation step on RefinedWeb."""
     pairs = pd.read_csv(folder / "porian2024" / "summary_df_optimal_pairs.csv").dropna(subset=["n"])
     fits = pd.read_csv(folder / "porian2024" / "summary_df_fit_results.csv")
-    published = fits[fits["fit"] == "basic"].set_index(KEYS)["n_exponent"]
-    return {
-        "/".join(map(str, key)): {
-            "exponent": PowerLaw.fit(rows["flops"].to_numpy(), rows["n"].to_numpy()).exponent,
-            "published": float(published[key]),
-        }
-        for key, rows in pairs.groupby(KEYS, sort=False)
-    }
+    result = {}
+    for _, published in fits[fits["fit"] == "basic"].iterrows():
+        step = pairs
+        for key in KEYS:
+            step = step[step[key] == published[key]]
+        law = PowerLaw.fit(np.asarray(step["flops"]), np.asarray(step["n"]))
+        name = "/".join(str(published[key]) for key in KEYS)
+        result[name] = {"exponent": law.exponent, "published": float(published["n_exponent"])}
+    return result
 
 
 def gemstones(folder: Path) -> dict:
-    """Fit every evaluation below the largest 20% of compute, and the last of each model alone."""
+    """Fit evaluations below the largest 20% of compute; with and without those early in a run."""
     runs = pd.read_json(folder / "gemstones" / "runs.jsonl", lines=True)
     result = {}
     for name, least in (("all tokens", 0.0), ("above 20B tokens", 2e10)):
         rows = runs[runs["tokens"] >= least]
-        arrays = [rows[c].to_numpy() for c in ("params_active_precise", "tokens", "final_loss")]
+        arrays = [np.asarray(rows[c]) for c in ("params_active_precise", "tokens", "final_loss")]
         found = extrapolate(Chinchilla(), *arrays)
         result[name] = {
             "rows": len(rows),
