@@ -65,7 +65,7 @@ def test_json_is_one_object_and_holds_the_truth(rayx_law, runs_csv, tmp_path):
 
 
 def test_auto_chooses_the_form_that_extrapolates_and_shows_all(rayx_law, tmp_path):
-    *columns, loss_R = draw_runs(CASES["split_effective"], seed=1, rows=150, noise=0.002)
+    *columns, loss_R = draw_runs(CASES["split_effective"], seed=1, rows=100, noise=0.002)
     frame = pd.DataFrame(dict(zip(("params", "tokens", "spec_tokens"), columns, strict=True)))
     frame.assign(loss=loss_R).to_csv(tmp_path / "runs.csv", index=False)
     arguments = ("--runs", tmp_path / "runs.csv", "--bootstrap", 0)
@@ -76,7 +76,7 @@ def test_auto_chooses_the_form_that_extrapolates_and_shows_all(rayx_law, tmp_pat
     assert tried["chinchilla"]["error"] > 3 * tried[result["law"]]["error"]
     assert tried["split_effective"]["error"] < 1.5 * tried[result["law"]]["error"]
     shown = rayx_law(*arguments)[1]
-    assert all(name in shown for name in tried) and "150 runs, 0 dropped" in shown
+    assert all(name in shown for name in tried) and "100 runs, 0 dropped" in shown
 
 
 def test_columns_by_other_names_are_renamed_only_when_asked(rayx_law, runs_csv, tmp_path):

@@ -57,17 +57,11 @@ def scipy_objective(u, params_R, tokens_R, loss_R, delta=1e-3):
 
 def test_the_optimum_is_that_of_scipy_to_five_digits(points):
     law = Chinchilla().fit(*points)
-    best = min(
-        (
-            minimize(
-                lambda u: 1e3 * scipy_objective(u, *points),
-                np.log(start),
-                method="Nelder-Mead",
-                options={"xatol": 1e-10, "fatol": 1e-15, "maxiter": 20_000, "maxfev": 20_000},
-            )
-            for start in ([1.7, 400, 400, 0.34, 0.28], [1.8, 440, 1200, 0.34, 0.34])
-        ),
-        key=lambda result: result.fun,
+    best = minimize(
+        lambda u: 1e3 * scipy_objective(u, *points),
+        np.log([1.8, 400, 1000, 0.34, 0.33]),
+        method="Nelder-Mead",
+        options={"xatol": 1e-10, "fatol": 1e-15, "maxiter": 20_000, "maxfev": 20_000},
     )
     assert law.objective_ == pytest.approx(1e-3 * best.fun, rel=1e-7)
     assert law.objective_ == pytest.approx(scipy_objective(np.log(_values(law)), *points), rel=1e-9)
@@ -162,9 +156,9 @@ def test_rows_of_a_run_are_drawn_together():
 
 def test_intervals_of_predictions_hold_new_runs_also_beyond_the_data():
     inside = []
-    for seed in range(12):
+    for seed in range(8):
         params_R, tokens_R, loss_R = make_runs(80, seed)
-        law = Chinchilla(bootstrap=200).fit(params_R, tokens_R, loss_R)
+        law = Chinchilla(bootstrap=100).fit(params_R, tokens_R, loss_R)
         params_M, tokens_M, loss_M = make_runs(60, seed + 100)
         params_M, tokens_M = 3 * params_M, 3 * tokens_M
         loss_M = chinchilla_loss(params_M, tokens_M, **TRUE) * np.exp(
@@ -203,7 +197,7 @@ def test_without_specialisation_a_split_law_is_a_plain_law(name, plain):
 @pytest.mark.parametrize("name", ["split_additive", "split_effective", "split_interaction"])
 def test_the_form_of_a_split_law_is_chosen_by_extrapolation(name):
     forms = (SplitAdditive, SplitInteraction, SplitEffective, SplitTwoStage)
-    *columns, loss_R = draw_runs(CASES[name], seed=4, rows=200, noise=0.002)
+    *columns, loss_R = draw_runs(CASES[name], seed=4, rows=120, noise=0.002)
     table = dict(zip(("params", "tokens", "spec_tokens"), columns, strict=True)) | {"loss": loss_R}
     best, found, failed = choose_law({f.name: f() for f in (*forms, Chinchilla)}, table)
     assert not failed and set(found) == {f.name for f in forms} | {"chinchilla"}
@@ -231,8 +225,8 @@ def test_a_term_that_is_not_there_is_at_its_bound():
 
 
 def test_extrapolation_of_the_right_form_is_seldom_flagged():
-    found = [extrapolate(Chinchilla(), *make_runs(40, seed)) for seed in range(40)]
-    assert sum(e.wrong_form for e in found) <= 3
+    found = [extrapolate(Chinchilla(), *make_runs(40, seed)) for seed in range(25)]
+    assert sum(e.wrong_form for e in found) <= 2
     assert np.mean([e.error for e in found]) < 0.01
     assert all(e.rows == 8 and e.by == "compute" and e.beyond > 1 for e in found)
 
@@ -325,3 +319,12 @@ def test_table_of_a_store_takes_runs_that_are_ok_and_never_pools_corpora():
     runs.loc[2, "status"] = "ok"
     with pytest.raises(FitError, match="2 corpora"):
         LawTable.from_runs(runs, "docs")
+
+
+def test_laws_are_compared_on_the_same_runs_left_out():
+    *columns, loss_R = draw_runs(CASES["additive_mixture"], seed=1, rows=150)
+    table = dict(zip(("params", "tokens", "weights"), columns, strict=True)) | {"loss": loss_R}
+    names = ("chinchilla", "exponential", "additive_mixture")
+    best, found, _ = choose_law({name: CASES[name].make() for name in names}, table)
+    assert best == "additive_mixture"
+    assert {(e.by, e.rows) for e in found.values()} == {("compute", 30)}

@@ -64,7 +64,11 @@ def law(
     tried: dict[str, Any] = {}
     with fit_progress() as shown:
         if name == "auto":
-            candidates = {n: make(**settings) for n, make in laws().items() if _fits(make, table)}
+            candidates = {
+                n: make(**settings)
+                for n, make in laws().items()
+                if all(column in table.columns for column in make.inputs)
+            }
             if not candidates:
                 raise FitError(f"No law fits the columns {', '.join(table.columns)}.")
             name, tried, failed = choose_law(candidates, table.columns, table.domains, shown)
@@ -120,12 +124,6 @@ def parse_names(option: str, text: str) -> dict[str, str]:
         if not old.strip() or not new.strip():
             raise SpecError(f"{option} has {text!r}; expected name=name, separated by commas.")
     return {old.strip(): new.strip() for old, _, new in pairs}
-
-
-def _fits(make: type[Law], table: LawTable) -> bool:
-    """Whether the columns are there; laws of differences are for losses that are not positive."""
-    positive = bool((table.columns["loss"] > 0).all())
-    return make.on_log == positive and all(n in table.columns for n in make.inputs)
 
 
 def _warned(table: LawTable, notes: list[str]) -> LawTable:

@@ -12,6 +12,7 @@ import pytest
 
 from rayx.errors import FitError
 from rayx.fit.laws import Law, extrapolate
+from rayx.fit.laws.extrapolate import run_sizes
 
 NUM_DOMAINS = 3
 Columns = dict[str, np.ndarray]
@@ -210,9 +211,7 @@ def check_wrong_form_is_flagged_and_the_right_one_is_not(case: LawCase) -> None:
 
 
 def _size(case: LawCase, columns: list[np.ndarray]) -> np.ndarray:
-    from rayx.fit.laws.extrapolate import size
-
-    return size(dict(zip(case.make().inputs, columns, strict=True)))[1]
+    return run_sizes(dict(zip(case.make().inputs, columns, strict=True)))[1]
 
 
 def check_bad_columns_are_refused(case: LawCase) -> None:

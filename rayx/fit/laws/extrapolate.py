@@ -61,35 +61,39 @@ class Extrapolation:
         ]
 
 
-def size(inputs: Inputs) -> tuple[str, np.ndarray]:
-    """What a law extrapolates in, and each run's place in it, (R,).
+def run_sizes(columns: Inputs) -> tuple[str, np.ndarray]:
+    """What there is to extrapolate in, and each run's place in it, (R,).
 
     Compute 6 N (D + D') where there are both, else tokens or params; at one scale the distance of
     the mixture from the mean mixture, sum_k |w_k - mean_k|.
     """
-    tokens_R = inputs.get("tokens")
-    if tokens_R is not None and "spec_tokens" in inputs:
-        tokens_R = tokens_R + inputs["spec_tokens"]
-    if "params" in inputs and tokens_R is not None:
-        return "compute", 6.0 * inputs["params"] * tokens_R
+    tokens_R = columns.get("tokens")
+    if tokens_R is not None and "spec_tokens" in columns:
+        tokens_R = tokens_R + columns["spec_tokens"]
+    if "params" in columns and tokens_R is not None:
+        return "compute", 6.0 * columns["params"] * tokens_R
     if tokens_R is not None:
         return "tokens", tokens_R
-    if "params" in inputs:
-        return "params", inputs["params"]
-    weights_RK = inputs["weights"]
+    if "params" in columns:
+        return "params", columns["params"]
+    weights_RK = columns["weights"]
     return "distance", np.abs(weights_RK - weights_RK.mean(0)).sum(1)
 
 
 def extrapolate(
-    law: Law, *columns: np.ndarray, domains: Sequence[str] | None = None, share: float = SHARE
+    law: Law,
+    *columns: np.ndarray,
+    domains: Sequence[str] | None = None,
+    sizes: tuple[str, np.ndarray] | None = None,
 ) -> Extrapolation:
-    """Fit without the largest runs and predict them.
+    """Fit without the largest fifth of the runs and predict them.
 
     Args:
         law: Its settings are used, without the bootstrap; it is not changed.
         columns: The law's inputs in order, then the loss.
         domains: As for `Law.fit`.
-        share: Share of the runs to leave out, in (0, 1); ties are left out together.
+        sizes: What the largest runs are the largest in, and each run's size, (R,); by default
+            `run_sizes` of the law's inputs. Ties are left out together.
 
     Raises:
         FitError: As `Law.fit`, or all runs are of one size.
@@ -101,10 +105,10 @@ def extrapolate(
     """
     inputs = {n: np.asarray(c, dtype=float) for n, c in zip(law.inputs, columns, strict=False)}
     loss_R = np.asarray(columns[-1], dtype=float)
-    by, size_R = size(inputs)
-    sizes = np.sort(size_R)
-    threshold = sizes[int(np.ceil((1.0 - share) * len(sizes)))]
-    if (size_R >= threshold).mean() > 2.0 * share:  # many runs of one size: only what is larger
+    by, size_R = sizes or run_sizes(inputs)
+    ordered_R = np.sort(size_R)
+    threshold = ordered_R[int(np.ceil((1.0 - SHARE) * len(size_R)))]
+    if (size_R >= threshold).mean() > 2.0 * SHARE:  # many runs of one size: only what is larger
         threshold = np.nextafter(threshold, np.inf)
     large_R = size_R >= threshold
     if not large_R.any():
@@ -123,7 +127,7 @@ def extrapolate(
     return Extrapolation(
         by=by,
         rows=int(large_R.sum()),
-        beyond=float(sizes[-1] / size_R[~large_R].max()),
+        beyond=float(ordered_R[-1] / size_R[~large_R].max()),
         error=float(out_H.mean()),
         error_median=median,
         bias=float(error_R[large_R].mean()),
@@ -172,12 +176,13 @@ def choose_law(
     """
     found: dict[str, Extrapolation] = {}
     failed: dict[str, str] = {}
+    sizes = run_sizes(columns)  # the same runs are left out for each law
     for done, (name, law) in enumerate(candidates.items()):
         progress(done, len(candidates), name)
         try:
             arrays = [columns[n] for n in (*law.inputs, "loss")]
             named = domains if "weights" in law.inputs else None
-            found[name] = extrapolate(law, *arrays, domains=named)
+            found[name] = extrapolate(law, *arrays, domains=named, sizes=sizes)
         except FitError as error:
             failed[name] = str(error)
     if not found:

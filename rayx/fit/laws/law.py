@@ -157,6 +157,8 @@ class Law(ABC):
         if self.bootstrap:
             drawn_BP = replicate(problem, optima_SP, group_R[kept], self.bootstrap, self.seed)
             self.replicates_ = problem.natural(drawn_BP)
+            if lost := self.bootstrap - len(drawn_BP):
+                self.warnings_.append(f"{lost} of {self.bootstrap} replicates have no finite fit")
             tails = (0.5 - INTERVAL / 2, 0.5 + INTERVAL / 2)
             self.intervals_ = dict(
                 self._flat(
