@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
+from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
 from rayx.corpus import build_sample
-from rayx.methods.optimal_split import OptimalSplit, Point
+from rayx.experiment import Conclusion
+from rayx.methods.optimal_split import OptimalSplit, Point, Sweep
 
 WIDTHS = (32, 48, 64, 96)
 LARGER_WIDTH = 128
-# (trunk tokens, branch tokens): together, with six branches, at most FITTED_TOKENS.
+# (trunk tokens, branch tokens): with six branches at most 1.6 million together.
 POINTS: tuple[Point, ...] = (
     (100_000, 0), (100_000, 17_000), (100_000, 50_000), (100_000, 125_000), (100_000, 250_000),
     (250_000, 0), (250_000, 17_000), (250_000, 50_000), (250_000, 125_000), (250_000, 225_000),
@@ -34,8 +35,9 @@ class Parameters:
     """What --set may change."""
 
     corpus: str = "data/sample"  # where the sample corpus is, or is built
-    budget_tokens: int = 2_400_000  # trunk and branches of the final run
+    budget_tokens: int = 2_000_000  # trunk and branches of the final run
     verify_seeds: int = 3
+    law: str = "auto"
     seed: int = 0
 
 
@@ -72,9 +74,26 @@ def method(p: Parameters, corpus: Corpus) -> OptimalSplit:
         points=POINTS,
         general=Mixture.uniform(corpus.domains),
         domains=tuple(corpus.domains),
+        final=template(corpus, LARGER_WIDTH, p.seed),
+        budget_tokens=p.budget_tokens,
+        # Seeds that no run of the fit has used.
+        seeds=tuple(range(1_000 * (p.seed + 1), 1_000 * (p.seed + 1) + p.verify_seeds)),
+        fixed_shares=(0.1, 0.25, 0.4, 0.6, 0.8),
+        law=p.law,
     )
 
 
 def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return the runs of the fit."""
     return method(p, corpus).specs()
+
+
+def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
+    """Return runs about as costly as those of the verification."""
+    arms = method(p, corpus).follow_up(trunk_tokens=0.5 * p.budget_tokens)
+    return [spec for runs in arms.values() for spec in runs]
+
+
+def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclusion:
+    """Fit the law, choose the split, verify and plan."""
+    return method(p, corpus).conclude(store, sweep, name=f"split-{p.seed}")

@@ -25,6 +25,7 @@ from typing import Any
 from rayx.choose import Choice
 from rayx.errors import SpecError, did_you_mean
 from rayx.plan import Plan
+from rayx.split import SplitChoice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class Conclusion:
     """What an analysis came to.
 
     Attributes:
-        choice: The choice.
+        choice: The choice: of a mixture, or of a split point.
         plan: Its plan.
-        verification: As `rayx.verify.compare` returns it, or None.
+        verification: Plain data with a `verdict` in one sentence, or None.
         files: What was written, e.g. `plan`, `report` -> place.
     """
 
-    choice: Choice
+    choice: Choice | SplitChoice
     plan: Plan
     verification: dict[str, Any] | None
     files: dict[str, str]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 import rayx
+from rayx.branching import make_branch, make_trunk
 from rayx.choose import Choice
 from rayx.corpus import Corpus
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Schedule, epochs
+from rayx.spec import TrainSpec
+from rayx.split import SplitChoice
 from rayx.store import Store
 
 FORMAT = 1
@@ -25,6 +29,10 @@ class Plan:
 
     Attributes:
         schedule: What to train on: phases of a mixture for a number of tokens.
+        branches: Where one model becomes several: expert -> what it goes on with after `schedule`,
+            from the state at its end. Empty for one model.
+        decay_share: With branches: the share of each path, trunk included, over which the rate
+            falls to its end.
         epochs: Domain -> passes over its tokens that the schedule takes.
         domain_tokens: Domain -> training tokens there are.
         caps: Domain -> largest share that was allowed; a domain left out had none.
@@ -41,6 +49,8 @@ class Plan:
     corpus: str
     choice: dict[str, Any]
     provenance: dict[str, Any]
+    branches: dict[str, Schedule] = field(default_factory=dict)
+    decay_share: float | None = None
     verdict: str | None = None
 
     @classmethod
@@ -62,20 +72,72 @@ class Plan:
             caps=dict(caps),
             corpus=corpus.fingerprint,
             choice=json.loads(choice.to_json()),
-            provenance={
-                "store": store.url,
-                "runs": hashlib.sha256(",".join(sorted(run_ids)).encode()).hexdigest()[:16],
-                "run_ids": list(run_ids),
-                "rayx": rayx.__version__,
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            },
+            provenance=_provenance(store, run_ids),
         )
+
+    @classmethod
+    def of_split(
+        cls,
+        choice: SplitChoice,
+        corpus: Corpus,
+        general: Mixture,
+        domains: Sequence[str],
+        decay_share: float,
+        store: Store,
+        run_ids: Sequence[str],
+    ) -> Plan:
+        """Make the plan of a trunk on `general` and, where a split was chosen, an expert a domain.
+
+        `epochs` counts for each domain the expert that reads it most.
+        """
+        trunk_tokens = round(choice.trunk_tokens)
+        read = {d: general.get(d, 0.0) * trunk_tokens for d in corpus.domains}
+        branches = {}
+        if choice.branch_tokens > 0:
+            own_tokens = max(1, round(choice.branch_tokens))
+            branches = {d: Schedule.constant(Mixture({d: 1}), own_tokens) for d in domains}
+            read |= {d: read[d] + own_tokens for d in domains}
+        return cls(
+            schedule=Schedule.constant(general, trunk_tokens),
+            branches=branches,
+            decay_share=decay_share,
+            epochs={d: count / corpus.tokens[d] for d, count in read.items()},
+            domain_tokens={d: corpus.tokens[d] for d in corpus.domains},
+            caps={},
+            corpus=corpus.fingerprint,
+            choice=json.loads(choice.to_json()),
+            provenance=_provenance(store, run_ids),
+        )
+
+    def specs(self, template: TrainSpec) -> dict[str, TrainSpec]:
+        """Return the runs that carry the plan out: expert -> run, or "model" -> the one run.
+
+        Experts share a trunk, which a sweep trains first and once.
+
+        Args:
+            template: Model, optimizer, evaluation and seeds.
+        """
+        if not self.branches and self.decay_share is None:
+            return {"model": dataclasses.replace(template, schedule=self.schedule)}
+        (phase,) = self.schedule.phases
+        trunk = make_trunk(template, phase.mixture, phase.tokens)
+        paths = {name: branch.phases for name, branch in self.branches.items()} or {"model": ()}
+        return {
+            name: make_branch(trunk, phase.tokens, phases, self.decay_share or 0.0)
+            for name, phases in paths.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; shares are written beside the exact millionths."""
         shares = [dict(phase.mixture) for phase in self.schedule.phases]
-        data = {**asdict(self), "schedule": self.schedule.to_json(), "shares": shares}
-        return {"format": FORMAT, **json.loads(json.dumps(data))}
+        exact = {
+            "schedule": self.schedule.to_json(),
+            "branches": {name: branch.to_json() for name, branch in self.branches.items()},
+        }
+        return {
+            "format": FORMAT,
+            **json.loads(json.dumps({**asdict(self), **exact, "shares": shares})),
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
@@ -89,6 +151,20 @@ class Plan:
             raise SpecError(f"Plan has format {found!r}; this rayx reads {FORMAT}.")
         fields = {k: v for k, v in data.items() if k not in ("format", "shares")}
         try:
-            return cls(**{**fields, "schedule": Schedule.from_json(fields["schedule"])})
-        except (KeyError, TypeError) as error:
+            exact = {
+                "schedule": Schedule.from_json(fields["schedule"]),
+                "branches": {n: Schedule.from_json(b) for n, b in fields["branches"].items()},
+            }
+            return cls(**{**fields, **exact})
+        except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"Plan cannot be read: {error!r}.") from error
+
+
+def _provenance(store: Store, run_ids: Sequence[str]) -> dict[str, Any]:
+    return {
+        "store": store.url,
+        "runs": hashlib.sha256(",".join(sorted(run_ids)).encode()).hexdigest()[:16],
+        "run_ids": list(run_ids),
+        "rayx": rayx.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

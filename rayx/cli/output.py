@@ -21,6 +21,7 @@ from rich.table import Table as Grid
 
 from rayx.choose import Choice
 from rayx.errors import SpecError
+from rayx.split import SplitChoice
 
 log = logging.getLogger(__name__)
 
@@ -95,4 +96,31 @@ def show_choice(choice: Choice) -> None:
     if choice.repetition:
         listed = ", ".join(f"{d} {passes:.2g}" for d, passes in choice.repetition.items())
         typer.echo(f"epochs: {listed}")
+    warn(choice.warnings)
+
+
+def show_split(choice: SplitChoice) -> None:
+    """Print the split, what it gains, and the splits one might have taken instead."""
+    grid = grid_of("share before the split", "trunk tokens", "predicted loss")
+    shares = {float(share): loss for share, loss in choice.fixed.items()} | {1.0: choice.no_split}
+    marked = {**{share: "" for share in shares}, choice.fraction: " (choice)"}
+    for share, mark in sorted(marked.items()):
+        loss = shares.get(share, choice.predicted)
+        tokens = f"{share * choice.budget_tokens:,.0f}"
+        grid.add_row(f"{share:.3f}{mark or (' (no split)' if share == 1.0 else '')}", tokens,
+                     f"{loss:.4f}")  # fmt: skip
+    Console().print(grid)
+    low, high = (tokens / choice.budget_tokens for tokens in choice.trunk_interval)
+    typer.echo(
+        f"{choice.law}: {choice.params:,.0f} params, {choice.budget_tokens:,.0f} tokens, "
+        f"{choice.branches} branches of {choice.branch_tokens:,.0f}; "
+        f"{choice.level:.0%} interval of the share {low:.3f} to {high:.3f}, "
+        f"of the loss {choice.interval[0]:.4f} to {choice.interval[1]:.4f}"
+    )
+    low, high = choice.multiplier_interval
+    typer.echo(
+        f"without a split the same loss takes {choice.multiplier:.2f} times the tokens "
+        f"({low:.2f} to {high:.2f}); splitting pays from {choice.split_from_tokens:,.0f} trunk "
+        f"tokens on ({choice.split_from_interval[0]:,.0f} to {choice.split_from_interval[1]:,.0f})"
+    )
     warn(choice.warnings)

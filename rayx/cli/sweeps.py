@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 
 from rayx.cli.options import JsonOption, StoreArgument
-from rayx.cli.output import show_choice
+from rayx.cli.output import show_choice, show_split
 from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
 from rayx.progress import progress, progress_line
 from rayx.spec import TrainSpec
+from rayx.split import SplitChoice
 from rayx.store import open_store
 
 
@@ -96,7 +97,10 @@ def run(
     if limit is None and hasattr(module, "analyse"):
         conclusion = module.analyse(parameters, corpus, opened, sweep)
         if conclusion:
-            show_choice(conclusion.choice)
+            if isinstance(conclusion.choice, SplitChoice):
+                show_split(conclusion.choice)
+            else:
+                show_choice(conclusion.choice)
             if conclusion.verification:
                 typer.echo(f"verdict: {conclusion.verification['verdict']}")
             for what, place in conclusion.files.items():

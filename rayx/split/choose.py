@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from rayx.errors import ChoiceError, FitError
-from rayx.fit.laws import Law
-from rayx.record import Record
-from rayx.spec import TrainSpec
+from rayx.errors import ChoiceError, FitError, did_you_mean
+from rayx.fit.laws import Law, choose_law, laws
+from rayx.split.equation import equal_budget, evaluate, split_from
 
 INPUTS = ("params", "tokens", "spec_tokens")
-SHARES = 400  # trunk lengths tried
-MARGIN = 1e-3  # of D: the few more tokens of D_split
-BEYOND = 1e4  # times the budget: as far as D_split and D_std are looked for
+BOOTSTRAP = 1_000
+SHARES = 200  # trunk lengths tried, twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,79 +94,29 @@ class SplitChoice:
         return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 
-def split_points(records: Iterable[Record], domains: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return one row per model size, trunk and branch length, and seed.
-
-    A run belongs here if its path is one mixture (no split) or one mixture and then one domain (an
-    expert), and its rate was decayed: a trunk's undecayed loss compares with nothing.
+def fit_split_law(points: pd.DataFrame, name: str = "auto") -> tuple[Law, float]:
+    """Fit a law to what `split_points` returns.
 
     Args:
-        records: Of any runs; those that are neither are left out.
-        domains: Whose experts to average over; by default all that have one.
+        points: Columns params, tokens, spec_tokens, loss.
+        name: A law that takes INPUTS, or "auto" for the one that predicts the largest runs best.
 
     Returns:
-        Columns params, tokens (D), spec_tokens (D'), seed, loss (mean over domains of bits per
-        byte), loss/<domain>. Rows that lack an expert are left out.
+        The law with a bootstrap, and its mean relative error on the largest runs.
 
     Raises:
-        FitError: There is no complete row, or the runs have several corpora or general mixtures.
+        FitError: There is no such law, or too few points.
     """
-    losses: dict[tuple, dict[str, float]] = {}
-    whole: dict[tuple, dict[str, float]] = {}
-    kinds = set()
-    for record in records:
-        spec = record.spec
-        stages = _stages(spec)
-        if record.status != "ok" or spec.optimizer.decay_share == 0.0 or len(stages) > 2:
-            continue
-        own = {target: loss.bpb for target, loss in record.losses.items()}
-        key = (spec.model.params, stages[0][1], spec.seed)
-        if len(stages) == 1:
-            whole[(*key, 0)] = own
-        elif len(stages[1][0]) == 1 and (domain := next(iter(stages[1][0]))) in own:
-            losses.setdefault((*key, stages[1][1]), {})[domain] = own[domain]
-        else:
-            continue
-        kinds.add((spec.corpus, stages[0][0]))
-    if len(kinds) > 1:
+    columns = {n: points[n].to_numpy(dtype=float) for n in (*INPUTS, "loss")}
+    known = {n: make() for n, make in laws().items() if tuple(make.inputs) == INPUTS}
+    if name not in ("auto", *known):
         raise FitError(
-            f"The runs have {len(kinds)} corpora or general mixtures; a split law is of one. "
-            "Give the records of one study."
+            f"There is no split law {name!r}; expected one of auto, {', '.join(known)}."
+            f"{did_you_mean(name, known)}"
         )
-    wanted = sorted({d for own in losses.values() for d in own}) if domains is None else domains
-    rows = []
-    for key, own in (losses | whole).items():
-        if wanted and all(domain in own for domain in wanted):
-            by_domain = {f"loss/{domain}": own[domain] for domain in wanted}
-            rows.append(
-                dict(zip(("params", "tokens", "seed", "spec_tokens"), key, strict=True))
-                | {"loss": float(np.mean(list(by_domain.values())))}
-                | by_domain
-            )
-    if not rows:
-        raise FitError(
-            "No trunk and branch lengths have an expert for every domain; expected runs as "
-            "rayx.methods.optimal_split makes them."
-        )
-    order = ["params", "tokens", "spec_tokens", "seed"]
-    return pd.DataFrame(rows).sort_values(order, ignore_index=True)
-
-
-def _stages(spec: TrainSpec) -> list[tuple[dict[str, int], int]]:
-    """The mixtures of the whole path in order, each with its tokens; equal neighbours are one."""
-    stages: list[tuple[dict[str, int], int]] = []
-    for ancestor, child in zip(spec.path, (*spec.path[1:], None), strict=True):
-        steps = child.parent.steps if child is not None and child.parent else ancestor.steps
-        left = steps * ancestor.batch_tokens
-        for phase in ancestor.schedule.phases:
-            taken = min(left, phase.tokens)
-            left -= taken
-            mixture = phase.mixture.millionths
-            if stages and stages[-1][0] == mixture:
-                stages[-1] = (mixture, stages[-1][1] + taken)
-            elif taken:
-                stages.append((mixture, taken))
-    return stages
+    best, found, _ = choose_law(known if name == "auto" else {name: known[name]}, columns)
+    law = dataclasses.replace(known[best], bootstrap=BOOTSTRAP)
+    return law.fit(*columns.values()), found[best].error
 
 
 def choose_split(
@@ -180,6 +128,7 @@ def choose_split(
     least_trunk_tokens: float,
     fixed_shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     level: float = 0.9,
+    extrapolation_error: float | None = None,
 ) -> SplitChoice:
     """Choose where to split.
 
@@ -192,6 +141,7 @@ def choose_split(
             the law are not made for less.
         fixed_shares: Splits to compare with.
         level: Level of the intervals.
+        extrapolation_error: Of the law, kept as evidence.
 
     Raises:
         ChoiceError: A number is out of range.
@@ -219,8 +169,8 @@ def choose_split(
     rows = np.arange(len(loss_BT))
     trunk_B, best_loss_B = trunk_T[best_B], loss_BT[rows, best_B]
     gain_B = loss_BT[:, -1] - best_loss_B
-    standard_B = _equal_budget(law, params, budget_tokens, best_loss_B)
-    from_B = _split_from(law, params, branches, least_trunk_tokens, budget_tokens)
+    standard_B = equal_budget(law, params, budget_tokens, best_loss_B)
+    from_B = split_from(law, params, branches, least_trunk_tokens, budget_tokens)
     best = trunk_B[0], (budget_tokens - trunk_B[0]) / branches
     columns = [np.array([value]) for value in (params, *best)]
     _, low_M, high_M = law.predict(*columns, interval=level)
@@ -276,38 +226,64 @@ def choose_split(
         split_from_interval=interval(from_B),
         level=level,
         reach=reach,
+        extrapolation_error=extrapolation_error,
         warnings=tuple(warnings),
     )
 
 
-def evaluate(law: Law, params: float, trunk_T: np.ndarray, branch_T: np.ndarray) -> np.ndarray:
-    """Losses of the fit (row 0) and of its bootstrap replicates, shape (1 + B, T)."""
-    if law.replicates_ is None:
-        raise FitError(f"No uncertainty without bootstrap; make {law.name} with bootstrap=1000.")
-    inputs = {
-        "params": np.full(len(trunk_T), float(params)),
-        "tokens": trunk_T,
-        "spec_tokens": branch_T,
-    }
-    return np.concatenate([law.loss(theta, inputs)[0] for theta in (law.theta_, law.replicates_)])
+def split_share_curve(law: Law, choice: SplitChoice, num: int = 120) -> pd.DataFrame:
+    """Return predicted loss over the trunk's share at the choice's size and budget.
+
+    Returns:
+        share, loss, low, high (of one more run, at the choice's level); from the least of 2% and
+        the chosen share on.
+    """
+    share_M = np.linspace(min(0.02, choice.fraction), 1.0, num)
+    trunk_M = share_M * choice.budget_tokens
+    branch_M = (choice.budget_tokens - trunk_M) / choice.branches
+    params_M = np.full(num, choice.params)
+    loss_M, low_M, high_M = law.predict(params_M, trunk_M, branch_M, interval=choice.level)
+    return pd.DataFrame({"share": share_M, "loss": loss_M, "low": low_M, "high": high_M})
 
 
-def _equal_budget(law: Law, params: float, budget: float, loss_B: np.ndarray) -> np.ndarray:
-    """D_std: the least budget without a split that reaches the losses, shape (B,)."""
-    tokens_T = np.geomspace(budget, BEYOND * budget, 4_000)
-    plain_BT = evaluate(law, params, tokens_T, np.zeros_like(tokens_T))
-    reached_BT = plain_BT <= loss_B[:, None]
-    return np.where(reached_BT.any(1), tokens_T[reached_BT.argmax(1)], np.inf)
+def split_curves(
+    law: Law,
+    *,
+    params: Sequence[float],
+    budgets: Sequence[float],
+    branches: int,
+    least_trunk_tokens: float,
+) -> pd.DataFrame:
+    """Return how the best split moves with model size and budget.
 
-
-def _split_from(law: Law, params: float, branches: int, least: float, budget: float) -> np.ndarray:
-    """D_split: the least D at which MARGIN D more tokens do more in branches, shape (B,)."""
-    tokens_T = np.geomspace(least / 100.0, BEYOND * budget, 4_000)
-    more_T = MARGIN * tokens_T
-    in_branches_BT = evaluate(law, params, tokens_T, more_T / branches)
-    in_trunk_BT = evaluate(law, params, tokens_T + more_T, np.zeros_like(tokens_T))
-    pays_BT = in_branches_BT < in_trunk_BT
-    return np.where(pays_BT.any(1), tokens_T[pays_BT.argmax(1)], np.inf)
+    Returns:
+        One row a size and budget: params, budget_tokens, fraction, multiplier and
+        split_from_tokens, the last with `_low` and `_high` like the fraction (90%).
+    """
+    rows = []
+    for size in params:
+        for budget in budgets:
+            choice = choose_split(
+                law,
+                params=size,
+                budget_tokens=budget,
+                branches=branches,
+                least_trunk_tokens=least_trunk_tokens,
+            )
+            rows.append(
+                {
+                    "params": size,
+                    "budget_tokens": budget,
+                    "fraction": choice.fraction,
+                    "fraction_low": choice.trunk_interval[0] / budget,
+                    "fraction_high": choice.trunk_interval[1] / budget,
+                    "multiplier": choice.multiplier,
+                    "split_from_tokens": choice.split_from_tokens,
+                    "split_from_low": choice.split_from_interval[0],
+                    "split_from_high": choice.split_from_interval[1],
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def _finite(value: object) -> object:
