@@ -50,7 +50,7 @@ class Baseline:
         predicted: Predicted objective.
         std: Its standard deviation for one more run.
         regret: Predicted objective less that of the choice: what this baseline would give up.
-        regret_interval: Interval of the regret as the difference of two runs.
+        regret_interval: Interval of the expected regret: models err, single runs are not meant.
     """
 
     weights: dict[str, float]
