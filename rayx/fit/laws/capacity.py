@@ -50,7 +50,6 @@ class Capacity(Law):
     def loss(self, theta: Theta, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights_RK, target_R = inputs["weights"], inputs["target"].astype(int)
         chosen_RK = (target_R[:, None] == np.arange(weights_RK.shape[1])).astype(float)
-
         shape = (len(theta["H"]), *chosen_RK.shape)
 
         def at_target(values_SRK: np.ndarray) -> np.ndarray:
