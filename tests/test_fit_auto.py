@@ -150,6 +150,66 @@ def test_objective_uncertainty_is_that_of_the_weighted_sum():
     assert two_high > high and two_low < low  # noise of two runs on top
 
 
+def linear_table(num, seed, noise):
+    """Two targets of known slopes, with noise that is common to them in part, as a run's is."""
+    rng = np.random.default_rng(seed)
+    weights_RK = rng.dirichlet(np.full(5, 0.6), num)
+    slope_KT = rng.normal(0.0, 0.3, (5, 2))
+    common_R1 = rng.normal(0.0, noise, (num, 1))
+    table = Table(
+        run_ids=tuple(map(str, range(num))),
+        domains=DOMAINS,
+        targets=("x", "y"),
+        weights_RK=weights_RK,
+        losses_RM=3.0 + weights_RK @ slope_KT + common_R1 + rng.normal(0.0, noise, (num, 2)),
+    )
+    return table, slope_KT
+
+
+def test_expected_difference_covers_the_true_one_at_about_its_level():
+    objective, covered, runs_covered = {"x": 0.5, "y": 0.5}, [], []
+    for seed in range(40):
+        table, slope_KT = linear_table(48, seed, noise=0.05)
+        fitted = fit_table(table, "ridge")
+        rng = np.random.default_rng(seed + 1000)
+        for w_K, v_K in rng.dirichlet(np.full(5, 0.6), (10, 2)):
+            true = float(((w_K - v_K) @ slope_KT).mean())
+            _, low, high = fitted.difference(w_K, v_K, objective)
+            covered.append(low <= true <= high)
+            noise_22 = rng.normal(0.0, 0.05, (2, 2)).mean(1) + rng.normal(0.0, 0.05, 2)
+            _, low, high = fitted.difference(w_K, v_K, objective, one_run_each=True)
+            runs_covered.append(low <= true + noise_22[0] - noise_22[1] <= high)
+    assert 0.85 < np.mean(covered) < 0.97
+    assert 0.85 < np.mean(runs_covered) < 0.97
+
+
+def test_expected_difference_of_a_regressor_of_the_wrong_form_says_so():
+    # Scheffe's polynomial cannot follow the law near 0, where all folds' models err alike.
+    covered, without = [], []
+    for seed in range(12):
+        weights_RK, loss_R = draw_world(150, seed * 3, noise=0.002)
+        table = dataclasses.replace(
+            only(make_table(150), "planted"), weights_RK=weights_RK, losses_RM=loss_R[:, None]
+        )
+        fitted = fit_table(table, "scheffe")
+        model = fitted.models["planted"]
+        for w_K, v_K in np.random.default_rng(seed).dirichlet(np.full(5, 0.6), (10, 2)):
+            true = float(planted_loss(w_K[None])[0] - planted_loss(v_K[None])[0])
+            gap, low, high = fitted.difference(w_K, v_K, {"planted": 1})
+            covered.append(low <= true <= high)
+            gaps_F = [float(np.subtract(*f(np.stack([w_K, v_K])))) for f in model.predict_folds]
+            half = 1.833 * np.sqrt((len(gaps_F) - 1) * np.var(gaps_F))
+            without.append(abs(gap - true) <= half)
+    assert np.mean(covered) > 0.75 and np.mean(without) < 0.65
+
+
+def test_expected_difference_of_a_target_without_signal_is_not_certain():
+    table = only(make_table(60), "noise")
+    fitted = fit_table(table, "ridge")
+    gap, low, high = fitted.difference(table.weights_RK[0], table.weights_RK[1], {"noise": 1})
+    assert gap == 0.0 and low < -0.01 and high > 0.01
+
+
 def test_objective_of_targets_never_seen_together_has_a_std():
     table = make_table(40)
     losses_RM = table.losses_RM.copy()

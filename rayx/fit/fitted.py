@@ -17,6 +17,7 @@ from typing import Literal, overload
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from rayx.errors import FitError, did_you_mean
 from rayx.fit.regressor import CrossFit, checked_weights
@@ -146,13 +147,16 @@ class FittedTable:
         holds the error of the models and no noise of a run. With `one_run_each` it is that of the
         difference of two single runs.
 
-        difference +- t sd, sd^2 = (F - 1) / F * sum_f (difference_f - mean)^2 over the folds'
-        models, t the quantile of Student's t with F - 1 degrees of freedom. For two runs the
-        quantile of |residual_i - residual_j| over pairs of rows.
+        difference +- t sd,  sd^2 = (F - 1) / F * sum_f (difference_f - mean)^2 + 2 d misfit^2,
+        over the folds' models, t the quantile of Student's t with F - 1 degrees of freedom.
+        misfit^2 is what of the squared out-of-fold residuals nearest rows have in common, and so is
+        no noise; d the distance of the two mixtures in units of the mean over rows, at most 1. For
+        two runs it is the quantile of |residual_i - residual_j| over pairs of rows.
 
-        Source: Efron and Stein 1981, Ann. Statist. 9(3), the jackknife.
-        Limits: an error that all folds' models share (a wrong form) is not in it, except for
-            targets without signal, where it is the largest signal that would have been missed.
+        Source: Efron and Stein 1981, Ann. Statist. 9(3), the jackknife; Rice 1984, Ann. Statist.
+            12(4), noise from differences of neighbours.
+        Differs: the two variances are added. A target without signal counts as misfit the largest
+            signal that would have been missed.
         """
         if not 0.0 < level < 1.0:
             raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
@@ -182,17 +186,35 @@ class FittedTable:
             if target in self.no_signal:
                 missed += share * model.residual_sd * min(1.0, signal_floor(len(model.oof_R)))
         # Targets with other folds: as if their errors were all one error.
-        sd = sum(np.sqrt((count - 1) * gaps_F.var()) for count, gaps_F in by_folds.items())
+        sd = sum(float(np.sqrt((n - 1) * gaps_F.var())) for n, gaps_F in by_folds.items())
         reach = float(stats.t.ppf(0.5 + level / 2.0, min(by_folds) - 1))
-        # Either mixture's mean may be off by the signal missed.
-        return float(reach * np.hypot(sd, np.sqrt(2.0) * missed))
+        distance_RR = cdist(self.table.weights_RK, self.table.weights_RK, "cityblock")
+        usual = max(float(distance_RR.mean()), 1e-12)
+        apart = min(1.0, float(np.abs(both_MK[0] - both_MK[1]).sum()) / usual)
+        misfit = self._misfit_variance(shares, distance_RR) + missed**2
+        return float(reach * np.sqrt(sd**2 + 2.0 * misfit * apart))
+
+    def _misfit_variance(self, shares: Mapping[str, float], distance_RR: np.ndarray) -> float:
+        """What of the mean squared out-of-fold residual of the objective is not noise, >= 0."""
+        residual_R = self._objective_residuals(shares)
+        seen_R = self._joint_rows(shares)
+        if len(residual_R) != seen_R.sum():  # no rows have all the targets: nothing to compare
+            return 0.0
+        between_RR = distance_RR[np.ix_(seen_R, seen_R)] + np.diag(np.full(seen_R.sum(), np.inf))
+        noise = np.mean((residual_R - residual_R[between_RR.argmin(1)]) ** 2) / 2.0
+        return max(0.0, float(np.mean(residual_R**2) - noise))
+
+    def _joint_rows(self, shares: Mapping[str, float]) -> np.ndarray:
+        """Which rows have all targets of the objective, shape (R,)."""
+        columns = [self.table.targets.index(target) for target in shares]
+        return np.all(np.isfinite(self.table.losses_RM[:, columns]), axis=1)
 
     def _objective_residuals(self, shares: Mapping[str, float]) -> np.ndarray:
         """Out-of-fold residuals of the weighted sum, on rows that have all its targets."""
         columns = [self.table.targets.index(target) for target in shares]
         residuals_RT = (self.table.losses_RM - self.oof_RT)[:, columns]
         share_T = np.array(list(shares.values()))
-        joint_R = np.isfinite(residuals_RT).all(1)
+        joint_R = self._joint_rows(shares)
         if joint_R.sum() >= MIN_JOINT_ROWS:
             return residuals_RT[joint_R] @ share_T
         # Too few rows have all targets: as if the errors of the targets were all one error.
@@ -201,7 +223,7 @@ class FittedTable:
         return scaled_RT[np.isfinite(scaled_RT)] * float(share_T @ sd_T)
 
     def _inflation(self, weights_MK: np.ndarray, shares: Mapping[str, float]) -> np.ndarray:
-        """How much wider than on the rows fitted the uncertainty is, shape (M,), >= 1."""
+        """Standard deviation of a run in units of the out-of-fold residuals', shape (M,), > 0."""
         wide_M, usual = np.zeros(len(weights_MK)), 0.0
         for target, share in shares.items():
             wide_M += (share * self.models[target].std(weights_MK)) ** 2

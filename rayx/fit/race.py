@@ -29,7 +29,7 @@ from rayx.fit.regressor import (
 from rayx.fit.table import Table
 
 # With few rows a fold's model must miss few of them, and fits are quick.
-FEW_ROWS, FOLDS_OF_FEW, FOLDS_OF_MANY = 100, 10, 5
+FEW_ROWS, FOLDS_OF_FEW, FOLDS_OF_MANY = 150, 10, 5
 # A candidate whose squared error on the first folds is more than RACE_RATIO times the best one's
 # would get next to no share; one that leads by SPECIALIST_RATIO for some target stays.
 RACE_FOLDS, RACE_RATIO, SPECIALIST_RATIO = 2, 2.5, 1.5
