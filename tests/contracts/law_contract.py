@@ -227,6 +227,13 @@ def check_bad_columns_are_refused(case: LawCase) -> None:
         law.fit(first, *columns[1:], loss_R)
     with pytest.raises(FitError, match="columns"):
         law.fit(*columns)
+    if "weights" in law.inputs:
+        law.fit(*columns, loss_R)
+        more = [np.pad(c, ((0, 0), (0, 1))) if c.ndim == 2 else c for c in columns]
+        with pytest.raises(FitError, match="4 domains; the law was fitted on 3"):
+            law.predict(*more)
+    with pytest.raises(FitError, match="delta is 0"):
+        case.make(delta=0.0)
     with pytest.raises(FitError, match="too few"):
         law.fit(*(c[:4] for c in columns), loss_R[:4])
 

@@ -74,6 +74,13 @@ class Law(ABC):
     inputs: ClassVar[tuple[str, ...]]
     on_log: ClassVar[bool] = True  # residuals of the log loss; False: of the loss itself
 
+    def __post_init__(self) -> None:
+        if not self.delta > 0.0 or self.bootstrap < 0:
+            raise FitError(
+                f"delta is {self.delta} and bootstrap {self.bootstrap}; expected a delta above 0 "
+                "and 0 or more replicates."
+            )
+
     @abstractmethod
     def parameters(self) -> tuple[Parameter, ...]:
         """The parameters in the order of the formula."""
@@ -155,18 +162,19 @@ class Law(ABC):
         self.intervals_: dict[str, tuple[float, float]] = {}
         self.replicates_ = None
         if self.bootstrap:
-            drawn_BP = replicate(problem, optima_SP, group_R[kept], self.bootstrap, self.seed)
-            self.replicates_ = problem.natural(drawn_BP)
-            if lost := self.bootstrap - len(drawn_BP):
-                self.warnings_.append(f"{lost} of {self.bootstrap} replicates have no finite fit")
-            tails = (0.5 - INTERVAL / 2, 0.5 + INTERVAL / 2)
-            self.intervals_ = dict(
-                self._flat(
-                    self.replicates_,
-                    lambda values_S: tuple(float(v) for v in np.quantile(values_S, tails)),
-                )
-            )
+            self._bootstrap(optima_SP, group_R[kept])
         return self
+
+    def _bootstrap(self, optima_SP: np.ndarray, group_R: np.ndarray) -> None:
+        drawn_BP = replicate(self.problem_, optima_SP, group_R, self.bootstrap, self.seed)
+        if lost := self.bootstrap - len(drawn_BP):
+            self.warnings_.append(f"{lost} of {self.bootstrap} replicates have no finite fit")
+        self.replicates_ = self.problem_.natural(drawn_BP)
+        tails = (0.5 - INTERVAL / 2, 0.5 + INTERVAL / 2)
+        for name, (low, high) in self._flat(
+            self.replicates_, lambda values_S: np.quantile(values_S, tails)
+        ):
+            self.intervals_[name] = (float(low), float(high))
 
     @overload
     def predict(self, *columns: np.ndarray) -> np.ndarray: ...
@@ -198,6 +206,11 @@ class Law(ABC):
         if not hasattr(self, "theta_"):
             raise FitError(f"{self.name} is not fitted; call fit({', '.join(self.inputs)}, loss).")
         inputs = self._checked(columns)
+        if "weights" in inputs and inputs["weights"].shape[1] != len(self.domains_):
+            raise FitError(
+                f"The weights have {inputs['weights'].shape[1]} domains; the law was fitted on "
+                f"{len(self.domains_)}."
+            )
         loss_M = self.loss(self.theta_, inputs)[0][0]
         if not std and interval is None:
             return loss_M
