@@ -210,14 +210,16 @@ def test_choose_with_a_corpus_writes_a_plan_that_stands_alone(
     tokens = 4 * tiny_corpus.tokens["law"]
     code, out, err = cli(
         "choose", "s", "--corpus", tiny_corpus.url, "--tokens", tokens, "--max-epochs", 3,
-        "--regressor", "ridge", "--json",
+        "--discount", "corpus", "--regressor", "ridge", "--json",
     )  # fmt: skip
     assert code == 0, err
+    choice = Choice.from_json(out)
     code, out, _ = cli("plan", "s", "--out", "plan.json")
     assert code == 0 and json.loads(out) == json.loads(Path("plan.json").read_text())
     plan = Plan.from_json(json.loads(out))
     assert plan.schedule.tokens == tokens and plan.corpus == tiny_corpus.fingerprint
     assert max(plan.epochs.values()) <= 3.0 + 1e-5
+    assert choice.repetition == pytest.approx(plan.epochs, abs=1e-4)
     assert len(plan.provenance["run_ids"]) == 10
 
 
@@ -332,7 +334,7 @@ BAD_CALLS = {
     ),
     "choose discount domains": (
         ["choose", "STORE", "--discount", "web=1", "--tokens", "1e6"],
-        "'code' is on one side only",
+        "'books' is on one side only",
     ),
     "choose tokens alone": (["choose", "STORE", "--tokens", "1e6"], "--corpus and --tokens go"),
     "corpus nothing": (["corpus", "build", "c"], "source"),
