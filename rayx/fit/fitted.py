@@ -158,19 +158,16 @@ class FittedTable:
         Differs: the two variances are added. A target without signal counts as misfit the largest
             signal that would have been missed.
         """
-        if not 0.0 < level < 1.0:
-            raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
         shares = normalised_objective(targets, self.table.targets)
         both_MK = self._checked(np.stack([weights_K, other_K]))
         value, other = self.objective(both_MK, shares)
-        if one_run_each:
-            residual_R = self._objective_residuals(shares)
-            i, j = np.triu_indices(len(residual_R), k=1)
-            step = max(1, len(i) // MAX_PAIRS)
-            gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
-            half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
-        else:
-            half = self._expected_half(both_MK, shares, level)
+        residual_R = self._objective_residuals(shares)
+        i, j = np.triu_indices(len(residual_R), k=1)
+        step = max(1, len(i) // MAX_PAIRS)
+        gaps = np.abs(residual_R[i[::step]] - residual_R[j[::step]])
+        half = _quantile(gaps, level) * float(self._inflation(both_MK, shares).max())
+        if not one_run_each:  # never wider than with noise on top
+            half = min(half, self._expected_half(both_MK, shares, level))
         return float(value - other), float(value - other - half), float(value - other + half)
 
     def _expected_half(
@@ -241,11 +238,10 @@ class FittedTable:
 
 
 def _quantile(gaps: np.ndarray, level: float) -> float:
-    """The `level` quantile with the finite-sample step up of conformal prediction."""
+    """The quantile below which a further gap lies with probability `level`, on average."""
     if not 0.0 < level < 1.0:
         raise FitError(f"The level of an interval is {level}; expected between 0 and 1.")
-    raised = min(1.0, level * (len(gaps) + 1) / len(gaps))
-    return float(np.quantile(gaps, raised, method="higher"))
+    return float(np.quantile(gaps, level, method="weibull"))
 
 
 def normalised_objective(
