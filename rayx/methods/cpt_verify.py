@@ -156,4 +156,4 @@ def none_if_nan(value: float) -> float | None:
 def mean_arms(seeds: list[dict[str, Any]], usage: str) -> pd.DataFrame:
     """Return the arms of a usage, means over seeds: ratio, tokens, losses, general_rise."""
     arms = pd.DataFrame([arm for seed in seeds for arm in seed[usage]["arms"]])
-    return arms.groupby("ratio").mean().reset_index()
+    return arms.pivot_table(index="ratio").reset_index()  # means
