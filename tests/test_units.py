@@ -51,6 +51,7 @@ def test_effective_tokens_at_the_edges():
     assert units.effective_tokens(0.0, 0.0) == 0.0
     assert units.effective_tokens(700.0, 100.0, math.inf) == 700.0
     assert units.effective_tokens(7.0, math.inf) == 7.0
+    assert units.effective_tokens(5e-324, 1.0, 0.5) == 5e-324
     assert units.effective_tokens(1e30, 100.0) == pytest.approx(1639.0)
 
 
