@@ -107,9 +107,9 @@ def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
 
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
-    """Return runs as costly as those at the ratios that the laws will give."""
+    """Return runs as costly as those at the ratio that the laws will give."""
     study = method(p, corpus)
-    return [study.branch(t, r, LARGER_TOKENS) for t in larger(p, corpus) for r in (0.3, 0.7)]
+    return [study.branch(t, 0.7, LARGER_TOKENS) for t in larger(p, corpus)]
 
 
 def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
@@ -124,10 +124,13 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
         "within": laws.ratio_within(params, LARGER_TOKENS, limit),
         "few": laws.ratio_of_few(params, LARGER_TOKENS, p.domain_tokens),
     }
-    sweep([study.branch(t, r, LARGER_TOKENS) for t in templates for r in ratios.values()])
+    least = p.domain_tokens / LARGER_TOKENS  # below this ratio the budget ends first
+    few_tokens = round(p.domain_tokens / max(ratios["few"], least))
+    lengths = {"within": LARGER_TOKENS, "few": few_tokens}
+    sweep([study.branch(t, ratios[u], length) for t in templates for u, length in lengths.items()])
     chosen = {
-        usage: study.curves(store, templates, (ratio,), LARGER_TOKENS)
-        for usage, ratio in ratios.items()
+        usage: study.curves(store, templates, (ratios[usage],), length)
+        for usage, length in lengths.items()
     }
     seeds = verify(grid, chosen, p.tolerance, p.domain_tokens)
     errors = law_errors(laws, grid, TOKENS)

@@ -127,12 +127,20 @@ def test_the_ratio_within_a_limit_is_that_of_the_planted_law(written):
 
 
 def test_the_ratio_of_few_tokens_is_that_of_the_planted_law(written):
-    report, _ = written
+    report, trained = written
     ratio_G = np.linspace(1e-4, 1, 100_001)
     tokens_G = np.minimum(study.LARGER_TOKENS, PARAMETERS.domain_tokens / ratio_G)
     loss_G = planted_loss(larger_params(), tokens_G, ratio_G)
+    assert {run.model.width for run in trained} == {study.LARGER_WIDTH}
     for seed in report["seeds"]:
         predicted = seed["few"]["predicted_ratio"]
+        (run,) = (
+            r
+            for r in trained
+            if r.seed == seed["seed"] and r.schedule.average()["code"] == pytest.approx(predicted)
+        )
+        used = run.schedule.average()["code"] * run.tokens
+        assert used == pytest.approx(PARAMETERS.domain_tokens, abs=run.batch_tokens)
         tokens = min(study.LARGER_TOKENS, PARAMETERS.domain_tokens / predicted)
         assert planted_loss(larger_params(), tokens, predicted) < loss_G.min() * (1 + 1e-4)
 
@@ -143,7 +151,6 @@ def test_what_was_predicted_is_trained_with_every_seed(written):
     shares = {run.schedule.average()["code"] for run in trained}
     assert sorted(shares) == pytest.approx(sorted(predicted), abs=2e-6)
     assert {run.seed for run in trained} == {seed["seed"] for seed in report["seeds"]}
-    assert {run.model.width for run in trained} == {study.LARGER_WIDTH}
 
 
 def test_laws_of_planted_losses_have_no_error_and_a_wrong_law_has_its_own(written):

@@ -55,7 +55,7 @@ class CptRatio:
     def branch(self, template: TrainSpec, ratio: float, tokens: int) -> TrainSpec:
         """Return the continuation of the template's general model at `ratio` for `tokens`."""
         trunk = make_trunk(template, self.mixture(0.0), self.trunk_tokens)
-        points = round(tokens / self.point_tokens)
+        points = max(1, round(tokens / self.point_tokens))
         return dataclasses.replace(
             trunk,
             schedule=Schedule.constant(self.mixture(ratio), tokens),
