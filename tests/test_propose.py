@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def constraints(fitted):
 @pytest.mark.parametrize("acquisition", ACQUISITIONS)
 def test_a_batch_is_feasible_distinct_spread_out_and_promising(fitted, constraints, acquisition):
     objective, prior = {fitted.table.targets[0]: 1.0}, dict.fromkeys(fitted.table.domains, 1.0)
-    arguments = {"num": 16, "seed": 3, "acquisition": acquisition}
+    arguments: dict[str, Any] = {"num": 16, "seed": 3, "acquisition": acquisition}
     proposed = next_mixtures(fitted, objective, prior, constraints, **arguments)
     assert proposed == next_mixtures(fitted, objective, prior, constraints, **arguments)
     assert proposed != next_mixtures(
