@@ -42,7 +42,7 @@ def test_a_batch_is_feasible_distinct_spread_out_and_promising(fitted, constrain
     proposed = next_mixtures(fitted, objective, prior, constraints, **arguments)
     assert proposed == next_mixtures(fitted, objective, prior, constraints, **arguments)
     assert proposed != next_mixtures(
-        fitted, objective, prior, constraints, **arguments | {"seed": 4}
+        fitted, objective, prior, constraints, **{**arguments, "seed": 4}
     )
     weights_NK = np.array([mixture.to_array(fitted.table.domains) for mixture in proposed])
     assert constraints.polytope.excess(weights_NK).max() <= 1e-6
