@@ -77,6 +77,6 @@ def effective_tokens(
     again = np.where(once > 0, tokens - once, 0.0)
     # Scaled so that neither an infinite R* nor an infinite supply leaves 0 * inf behind.
     width = np.where(once > 0, once * r_star, np.inf)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         bent = np.where(again > 0, -width * np.expm1(-again / width), 0.0)
     return once + np.where(np.isinf(width), again, bent)
