@@ -14,10 +14,10 @@ from rayx.fit.laws import (
     Multilingual,
     Repetition,
     SplitAdditive,
+    SplitCoupled,
     SplitEffective,
     SplitInteraction,
     SplitProportional,
-    SplitTransfer,
     SplitTwoStage,
     laws,
 )
@@ -38,7 +38,11 @@ CASES = {
     "split_effective": LawCase(SplitEffective, SPLIT | {"rho": 20.0, "kappa": 0.8}),
     "split_two_stage": LawCase(SplitTwoStage, SPLIT | {"D1": 5e8, "gamma": 1.0, "epsilon": 0.03}),
     "split_proportional": LawCase(SplitProportional, SPLIT | {"D1": 5e8, "gamma": 0.3}),
-    "split_transfer": LawCase(SplitTransfer, SPLIT | {"rho": 0.3, "kappa": 0.8, "nu": 0.2}),
+    "split_coupled": LawCase(
+        SplitCoupled,
+        {"E": 0.8, "A": 1.5e5, "alpha": 0.7, "B": 3e6, "beta": 0.75}
+        | {"D1": 30.0, "gamma": 0.8, "delta": 0.6, "nu": 0.2, "b": 0.45},
+    ),
     "repetition": LawCase(Repetition, PLAIN | {"R_star": 12.0}),
     "exponential": LawCase(Exponential, {"c": 1.8, "t": [-0.5, 0.3, -1.2]}),
     "bimix": LawCase(BiMix, {"alpha": 0.08, "B": 1500.0, "beta": 0.36, "C": 1.7}),

@@ -24,8 +24,8 @@ from rayx.fit.laws.specialisation import (
     SplitInteraction,
     SplitTwoStage,
 )
+from rayx.fit.laws.specialisation_by_size import SplitCoupled, SplitProportional
 from rayx.fit.laws.table import LawTable
-from rayx.fit.laws.transfer import SplitProportional, SplitTransfer
 
 __all__ = [
     "DCPT",
@@ -48,7 +48,7 @@ __all__ = [
     "SplitEffective",
     "SplitInteraction",
     "SplitProportional",
-    "SplitTransfer",
+    "SplitCoupled",
     "SplitTwoStage",
     "choose_law",
     "critical_ratio",

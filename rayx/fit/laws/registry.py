@@ -15,7 +15,7 @@ from rayx.fit.laws.specialisation import (
     SplitInteraction,
     SplitTwoStage,
 )
-from rayx.fit.laws.transfer import SplitProportional, SplitTransfer
+from rayx.fit.laws.specialisation_by_size import SplitCoupled, SplitProportional
 
 
 def laws() -> dict[str, type[Law]]:
@@ -30,7 +30,7 @@ def laws() -> dict[str, type[Law]]:
             SplitEffective,
             SplitTwoStage,
             SplitProportional,
-            SplitTransfer,
+            SplitCoupled,
             Exponential,
             BiMix,
             AdditiveMixture,
