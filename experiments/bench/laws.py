@@ -3,11 +3,14 @@
     python experiments/bench/laws.py FOLDER                       # all but coverage: a minute
     python experiments/bench/laws.py FOLDER --parts coverage --laws chinchilla,dcpt --draws 200
 
-FOLDER holds chinchilla/runs.csv, porian2024/ and gemstones/runs.jsonl (see their SOURCE.txt).
+FOLDER holds chinchilla/runs.csv, porian2024/, gemstones/runs.jsonl and cpt-tables/ (see their
+SOURCE.txt).
 
 chinchilla  the optimum with the 5 highest losses dropped, plain and with the scale of the residuals
             fitted, beside the published values, and the seconds of 1,000 bootstrap replicates
 porian      exponents of the compute-optimal size, beside the published ones
+continued   critical mixture ratios from CMR's published coefficients, the ratio of D-CPT's first
+            usage from its published losses, beside the published ones
 gemstones   a law fitted below the largest 20% of compute, and its error above
 coverage    how often the true parameters of synthetic runs lie in their 95% intervals (tests/)
 """
@@ -24,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from rayx.fit.laws import Chinchilla, LawTable, PowerLaw, extrapolate
+from rayx.fit.laws.critical_ratio import PowerChange
 
 # Besiroglu et al. 2024, arXiv:2404.10102: of 245 points, of which they drop 5.
 REFIT = {"E": 1.8169, "A": 482.01, "B": 2085.43, "alpha": 0.34781, "beta": 0.36585}
@@ -91,6 +95,26 @@ def gemstones(folder: Path) -> dict:
     return result
 
 
+def continued(folder: Path) -> dict:
+    """Published tables of continued pretraining against what rayx makes of them."""
+    tables = json.loads((folder / "cpt-tables" / "cpt_tables.json").read_text())
+    tokens = np.array([100.0])
+    ratios = {}
+    for size, (a, s, b) in tables["cmr_table5_R_CMR=a*T^s+b (T in 0.2B tokens)"].items():
+        theta = {n: np.array([[v]]) for n, v in {"a": a, "s": s, "b": b}.items()}
+        ratios[size] = round(100 * float(PowerChange().loss(theta, {"tokens": tokens})[0][0, 0]), 1)
+    usage = tables["dcpt_usage1_table5_chemistry_qwen1.5-1.8B"]
+    limit = (1.0 + usage["tolerance"]) * usage["general_loss_0"]
+    return {
+        "critical_ratio_percent": ratios,
+        "published_percent": tables["cmr_published_CMR_at_T100_pct"],
+        "dcpt_ratio_within_tolerance": float(
+            np.interp(limit, usage["general_loss"], usage["domain_ratio"])
+        ),
+        "published_ratio_within_tolerance": usage["published_optimal_ratio"],
+    }
+
+
 def coverage(names: list[str], draws: int, bootstrap: int) -> dict:
     """Share of true parameters inside their 95% intervals, pooled over a law's parameters."""
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the cases of the laws are the tests'
@@ -111,13 +135,18 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Laws against published fits and planted truths.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", default="chinchilla,porian,gemstones")
+    parser.add_argument("--parts", default="chinchilla,porian,continued,gemstones")
     parser.add_argument("--laws", default="", help="for coverage; all by default")
     parser.add_argument("--draws", type=int, default=200, help="for coverage")
     parser.add_argument("--bootstrap", type=int, default=200, help="for coverage")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    measure = {"chinchilla": chinchilla, "porian": porian, "gemstones": gemstones}
+    measure = {
+        "chinchilla": chinchilla,
+        "porian": porian,
+        "continued": continued,
+        "gemstones": gemstones,
+    }
     results = {}
     for part in arguments.parts.split(","):
         if part == "coverage":
