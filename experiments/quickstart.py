@@ -29,6 +29,7 @@ class Parameters:
 
     corpus: str = "data/sample"  # where the sample corpus is, or is built
     proxies: int = 48
+    rounds: int = 1  # that they are trained in; later ones look where the earlier ones point
     proxy_tokens: int = 200_000
     verify_tokens: int = 400_000
     verify_seeds: int = 3
@@ -40,6 +41,10 @@ class Parameters:
     def __post_init__(self) -> None:
         if self.proxies < 16:
             raise SpecError(f"proxies is {self.proxies}; expected at least 16 to fit 6 domains.")
+        if not 1 <= self.rounds <= self.proxies // 12:
+            raise SpecError(
+                f"rounds is {self.rounds}; expected 1 to {self.proxies // 12}, 12 proxies each."
+            )
 
 
 def corpus(p: Parameters) -> Corpus:
@@ -67,6 +72,7 @@ def method(p: Parameters, corpus: Corpus) -> RegMix:
         corpus=corpus,
         proxy=proxy,
         num_proxies=p.proxies,
+        rounds=p.rounds,
         objective=OBJECTIVE,
         budget_tokens=p.final_tokens,
         max_epochs=p.max_epochs,
@@ -78,8 +84,13 @@ def method(p: Parameters, corpus: Corpus) -> RegMix:
 
 
 def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
-    """Return the proxies."""
+    """Return the proxies of the first round."""
     return method(p, corpus).specs()
+
+
+def propose(p: Parameters, corpus: Corpus, store: Store) -> list[TrainSpec]:
+    """Return the proxies of all rounds that the records allow."""
+    return method(p, corpus).proposed(store)
 
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:

@@ -5,6 +5,8 @@ An experiment is a file with
     class Parameters          a frozen dataclass; its fields are what --set may change
     corpus(p) -> Corpus       what to train on
     specs(p, corpus)          the runs of the sweep: pure and seeded
+    propose(p, corpus, store) optional, for rounds: all runs so far, given the records; asked
+                              again when they have ended, until none is new
     analyse(p, corpus, store, sweep)   optional: what follows; sweep(specs) trains further runs;
                               returns a Conclusion, or None
     follow_up(p, corpus)      optional: specs as costly as those that analyse will ask for,

@@ -266,6 +266,9 @@ class Store:
             return pd.DataFrame(columns=["run_id", "kind", "status"])
         zero = [c for c in frame.columns if c.startswith(("weight/", "epochs/"))]
         frame[zero] = frame[zero].fillna(0.0)
+        # Columns by name, not by the record that happens to come first: fits depend on the order.
+        plain = [c for c in frame.columns if "/" not in c]
+        frame = frame[plain + sorted(c for c in frame.columns if "/" in c)]
         return frame.sort_values("run_id", ignore_index=True)
 
     def evals(self) -> pd.DataFrame:

@@ -125,6 +125,39 @@ def test_conclude_finds_the_planted_optimum_and_proves_it(regmix, store, tiny_co
     assert regmix.decide(store)[1] == choice
 
 
+def test_rounds_follow_the_records_and_come_out_the_same_after_an_interruption(regmix, store):
+    method = dataclasses.replace(regmix, rounds=3, num_proxies=48)
+    first = method.specs()
+    assert len(first) == 16 and method.proposed(store) == first
+    for spec in first[:-1]:
+        store.put(planted_record(spec))
+    assert method.proposed(store) == first  # the round has not ended
+    store.put(planted_record(first[-1]))
+    second = method.proposed(store)
+    assert len(second) == 32 and second[:16] == first
+    for spec in second[16:]:
+        store.put(planted_record(spec))
+    third = method.proposed(store)
+    assert (
+        len({s.run_id for s in third}) == 48 and third[:32] == second == method.proposed(store)[:32]
+    )
+    for spec in third[32:]:
+        store.put(planted_record(spec))
+    assert method.proposed(store) == third
+    for spec in third:
+        for domain, share in spec.schedule.average().items():
+            assert share <= method.caps[domain] + 2e-6
+
+    def value(spec: TrainSpec) -> float:
+        mixture = spec.schedule.average()
+        return sum(w * planted_bpb(mixture, t, 10**4) for t, w in OBJECTIVE.items())
+
+    means = [np.mean([value(s) for s in third[i : i + 16]]) for i in (0, 16, 32)]
+    assert means[1] < means[0] and means[2] < means[0]  # later rounds look where it is good
+    fitted, _ = method.decide(store)
+    assert len(fitted.table) == 48
+
+
 def test_follow_up_cost_counts_what_verification_takes(regmix):
     specs = regmix.follow_up_cost()
     assert len(specs) == 4 * 3

@@ -61,7 +61,9 @@ def timed_processes(specs: list[TrainSpec], corpus_url: str, processes: int, thr
     return time.perf_counter() - began
 
 
-def trivial_pack(specs, corpus, *, pack_id, commit, device, on_progress) -> list[Record]:
+def trivial_pack(
+    specs, corpus, *, pack_id, commit, device, on_progress, store=None, keep=None
+) -> list[Record]:
     """Return records without training."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     loss = {target: Loss(1.0, 1.0, 0.1) for target in corpus.targets}

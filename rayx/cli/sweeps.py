@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -86,14 +86,27 @@ def run(
     opened = open_store(url, create=True)
     statuses: dict[str, str] = {}
 
-    def sweep(more: Sequence[TrainSpec]) -> None:
+    def propose() -> Sequence[TrainSpec]:
+        if limit is not None or not hasattr(module, "propose"):
+            return ()
+        return module.propose(parameters, corpus, opened)
+
+    def sweep(
+        more: Sequence[TrainSpec], propose: Callable[[], Sequence[TrainSpec]] = lambda: ()
+    ) -> None:
         statuses.update(
             run_sweep(
-                more, corpus, opened, train_pack, placement=placement, retry_failed=retry_failed
+                more,
+                corpus,
+                opened,
+                train_pack,
+                placement=placement,
+                retry_failed=retry_failed,
+                propose=propose,
             )
         )
 
-    sweep(specs)
+    sweep(specs, propose)
     if limit is None and hasattr(module, "analyse"):
         conclusion = module.analyse(parameters, corpus, opened, sweep)
         if conclusion:

@@ -23,6 +23,7 @@ from rayx.experiment import Conclusion
 from rayx.fit import FittedTable, Table, fit_table
 from rayx.mixture import Mixture, Schedule
 from rayx.plan import Plan
+from rayx.propose import next_mixtures
 from rayx.report import render
 from rayx.spec import TrainSpec
 from rayx.store import Store
@@ -41,6 +42,8 @@ class RegMix:
         corpus: What there is to mix.
         proxy: Template of the proxies; its mixture and seeds are replaced.
         num_proxies: Proxies in all, uniform and proportional included, >= 8.
+        rounds: Rounds that they are trained in, of about equal size; from the second on, mixtures
+            are proposed by Thompson sampling on the regressors of the rounds before.
         objective: Target -> weight of its loss (bits per byte), > 0.
         budget_tokens: Tokens of the final run that the choice is for; sets the caps.
         max_epochs: How often the final run may read a token.
@@ -53,6 +56,7 @@ class RegMix:
     corpus: Corpus
     proxy: TrainSpec
     num_proxies: int
+    rounds: int = 1
     objective: Mapping[str, float]
     budget_tokens: int
     max_epochs: float = 4.0
@@ -74,14 +78,44 @@ class RegMix:
         }
 
     def specs(self) -> list[TrainSpec]:
-        """Return the proxies: the baselines, then RegMix's candidates."""
+        """Return the proxies of the first round: the baselines, then RegMix's candidates."""
         mixtures = list(self.baselines().values())
         mixtures += regmix_mixtures(
             self.corpus.tokens,
-            self.num_proxies - len(mixtures),
+            self._sizes()[0] - len(mixtures),
             seed=self.seed,
             caps=self.caps,
         )
+        return self._proxies(mixtures)
+
+    def proposed(self, store: Store) -> list[TrainSpec]:
+        """Return the proxies of all rounds up to the first that is not all on record.
+
+        A function of the records and the seed: an interrupted sweep proposes the same again.
+        """
+        specs = self.specs()
+        for number, size in enumerate(self._sizes()[1:], start=1):
+            ended = store.status()
+            if not all(spec.run_id in ended for spec in specs):
+                break
+            fitted = self._fit(store, specs)
+            mixtures = next_mixtures(
+                fitted,
+                self.objective,
+                {d: self.corpus.tokens[d] for d in fitted.table.domains},
+                self._constraints(fitted.table.domains),
+                num=size,
+                seed=1_000 * number + self.seed,
+            )
+            specs += self._proxies(mixtures)
+        return specs
+
+    def _sizes(self) -> list[int]:
+        """Proxies of each round."""
+        ends = [round(self.num_proxies * (i + 1) / self.rounds) for i in range(self.rounds)]
+        return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _proxies(self, mixtures: Sequence[Mixture]) -> list[TrainSpec]:
         return [
             dataclasses.replace(
                 self.proxy,
@@ -92,16 +126,23 @@ class RegMix:
             for mixture in mixtures
         ]
 
-    def decide(self, store: Store) -> tuple[FittedTable, Choice]:
-        """Fit the proxies' records and choose."""
-        wanted = {spec.run_id for spec in self.specs()}
+    def _fit(self, store: Store, specs: Sequence[TrainSpec]) -> FittedTable:
+        wanted = {spec.run_id for spec in specs}
         runs = store.runs()
         table = Table.from_frame(runs.loc[runs["run_id"].isin(wanted)])
-        fitted = fit_table(table, self.regressor, seed=self.seed)
-        caps = {d: cap for d, cap in self.caps.items() if d in table.domains}
-        prior = {d: self.corpus.tokens[d] for d in table.domains}
-        constraints = Constraints.by_name(table.domains, caps=caps)
-        return fitted, choose(fitted, self.objective, prior, constraints, seed=self.seed)
+        return fit_table(table, self.regressor, seed=self.seed)
+
+    def _constraints(self, domains: Sequence[str]) -> Constraints:
+        caps = {d: cap for d, cap in self.caps.items() if d in domains}
+        return Constraints.by_name(tuple(domains), caps=caps)
+
+    def decide(self, store: Store) -> tuple[FittedTable, Choice]:
+        """Fit the proxies' records and choose."""
+        fitted = self._fit(store, self.proposed(store))
+        domains = fitted.table.domains
+        prior = {d: self.corpus.tokens[d] for d in domains}
+        choice = choose(fitted, self.objective, prior, self._constraints(domains), seed=self.seed)
+        return fitted, choice
 
     def arms(self, choice: Choice) -> dict[str, Mixture]:
         """Return the arms of the verification; random search is the best proxy that was seen."""
