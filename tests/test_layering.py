@@ -28,14 +28,21 @@ WRITTEN = [  # every text file of the repository that a person wrote
 ]
 
 SIBLINGS = ("rayx.proxy", "rayx.sweep", "rayx.fit")  # import the spine, never each other
-ABOVE = ("rayx.cli", "rayx.report", "rayx.plots", "rayx.law_plots", "rayx.methods")  # wire others; nobody below
+ABOVE = (  # wire others; nobody below imports them
+    "rayx.cli",
+    "rayx.report",
+    "rayx.plots",
+    "rayx.law_plots",
+    "rayx.split.plots",
+    "rayx.methods",
+)
 ONLY = {  # a library -> the parts that may import it
     "torch": ["rayx.proxy"],
     "ray.tune": ["rayx.sweep"],
     "ray.train": ["rayx.sweep"],
     "ray": ["rayx.sweep", "rayx.corpus"],
     "lightgbm": ["rayx.fit"],
-    "matplotlib": ["rayx.plots", "rayx.law_plots", "rayx.report"],
+    "matplotlib": ["rayx.plots", "rayx.law_plots", "rayx.split.plots", "rayx.report"],
     "typer": ["rayx.cli"],
 }
 FREE = {  # importing the key, in a fresh interpreter, loads none of these
@@ -43,6 +50,7 @@ FREE = {  # importing the key, in a fresh interpreter, loads none of these
     "rayx.store": ["torch", "ray", "lightgbm", "matplotlib"],
     "rayx.corpus": ["torch", "ray", "lightgbm", "matplotlib"],
     "rayx.choose": ["torch", "ray", "matplotlib"],
+    "rayx.split": ["torch", "ray", "matplotlib"],
     "rayx.candidates": ["torch", "ray", "lightgbm", "matplotlib"],
     "rayx.fit": ["torch", "ray", "matplotlib"],
     "rayx.proxy": ["ray", "lightgbm", "matplotlib"],

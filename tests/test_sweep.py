@@ -186,9 +186,7 @@ def test_rounds_are_proposed_from_the_records_of_the_last_and_come_out_the_same_
         def propose():
             if len(asked) == 7:
                 return []
-            best = min(
-                asked, key=lambda run_id: store.get(run_id).losses["web"].bpb + hash_of(run_id)
-            )
+            best = min(asked, key=value)
             rest = [s for s in pool if s.run_id not in asked]
             chosen = sorted(rest, key=lambda s: s.run_id > best)[:2]
             asked.extend(s.run_id for s in chosen)
