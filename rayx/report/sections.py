@@ -174,7 +174,8 @@ def baselines(evidence: Evidence) -> Html:
         rows.append([arm_name(name), value, gain, f"{low:+.4f} to {high:+.4f}"])
     head = ["mixture", "objective", "gain of the choice", f"{choice.level:.0%} interval"]
     far = f"The nearest run is at L1 distance {choice.distance:.3f}; runs lie "
-    far += f"{choice.usual_distance:.3f} from each other. Intervals are those of single runs."
+    far += f"{choice.usual_distance:.3f} from each other. Its interval is that of one more "
+    far += "run; those of gains are of the expected gain, without a run's noise."
     return Html(table("Predicted at proxy scale (bpb)", head, rows) + paragraph(far, "note"))
 
 
