@@ -66,7 +66,10 @@ def domain_colors(domains: Sequence[str]) -> dict[str, str]:
 
 def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Give axes their title (the finding, wrapped), labels with units, and the quiet look."""
-    chars = max(24, int(axes.get_figure().get_figwidth() * 72 / 7.2))  # type: ignore[union-attr]
+    place = axes.get_subplotspec()
+    columns = place.get_gridspec().ncols if place is not None else 1
+    width = axes.get_figure().get_figwidth() / columns  # type: ignore[union-attr]
+    chars = max(24, int(width * 72 / 7.2))
     plain = re.sub(r"(?<!\\)\$", r"\$", title)  # a dollar in a name is no formula
     wrapped = "\n".join(textwrap.wrap(plain, chars))
     axes.set_title(wrapped, loc="left", color=INK, fontsize=STYLE["axes.titlesize"])

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from rayx.errors import SpecError
 from rayx.fit.laws import Law
@@ -83,6 +84,10 @@ def split_from_over_size(data: pd.DataFrame, axes: Axes, title: str) -> None:
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: short_count(value))
+        axis.set_minor_formatter(lambda value, _: short_count(value))
+        axis.set_minor_locator(LogLocator(subs=(2.0, 4.0)))
     dress(axes, title, "parameters", "trunk tokens from which splitting pays")
 
 
@@ -113,12 +118,14 @@ def split_figure(
         measured,
         first,
         f"{short_count(choice.params)} params, {short_count(choice.budget_tokens)} tokens: "
-        f"split at {choice.fraction:.0%}, {saved:.3f} below no split",
+        f"split at {choice.fraction:.0%}, predicted {saved:.3f} below no split",
         choice.fraction,
     )
     fraction_over_budget(curves, second, "The optimal share of the trunk over the budget")
     sizes = curves.drop_duplicates("params")
-    split_from_over_size(sizes, third, "Splitting pays from")
+    first_pays, last_pays = sizes["split_from_tokens"].iloc[[0, -1]]
+    later = "Larger models should split later" if last_pays > first_pays else "When splitting pays"
+    split_from_over_size(sizes, third, later)
     for axes in (first, second, third):
         axes.title.set_color(INK)
     return figure
