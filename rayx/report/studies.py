@@ -74,8 +74,8 @@ def cpt_figure(
         axes.plot(100 * measured["ratio"], measured[name], "o", color=PALETTE[0], ms=4, mew=0,
                   alpha=0.7, label="measured")  # fmt: skip
         axes.axvline(100 * choice, color=INK, lw=1.2, label="predicted ratio")
-        for ratio in best:
-            axes.axvline(100 * ratio, color=MUTED, lw=0.9, ls=(0, (2, 2)))
+        for ratio, name_of in zip(best, ["best ratio, by seed"] + [None] * len(best), strict=False):
+            axes.axvline(100 * ratio, color=MUTED, lw=0.9, ls=(0, (2, 2)), label=name_of)
         what = "Domain" if name == "domain_loss" else "General"
         law = np.interp(measured["ratio"], predicted["ratio"], predicted[name])
         error = np.abs(law / measured[name] - 1).mean()
