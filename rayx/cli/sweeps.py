@@ -54,7 +54,7 @@ def run(
     Example: `rayx run experiments/quickstart.py --set proxies=48 --dry-run`
     """
     from rayx.proxy import set_threads, train_pack
-    from rayx.sweep import Placement, estimate, run_sweep
+    from rayx.sweep import Placement, drop_checkpoints, estimate, run_sweep
 
     module = load_experiment(experiment)
     parameters = set_parameters(module, assignments or [])
@@ -85,6 +85,7 @@ def run(
 
     opened = open_store(url, create=True)
     statuses: dict[str, str] = {}
+    asked: list[TrainSpec] = []
 
     def propose() -> Sequence[TrainSpec]:
         if limit is not None or not hasattr(module, "propose"):
@@ -103,8 +104,10 @@ def run(
                 placement=placement,
                 retry_failed=retry_failed,
                 propose=propose,
+                keep_checkpoints=True,
             )
         )
+        asked.extend(more)
 
     sweep(specs, propose)
     if limit is None and hasattr(module, "analyse"):
@@ -118,6 +121,7 @@ def run(
                 typer.echo(f"verdict: {conclusion.verification['verdict']}")
             for what, place in conclusion.files.items():
                 typer.echo(f"{what}: {place}")
+    drop_checkpoints(asked, opened)
     failed = [run_id for run_id, status in statuses.items() if status == "failed"]
     if failed:
         typer.echo(

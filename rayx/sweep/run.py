@@ -93,13 +93,15 @@ def run_sweep(
     max_epochs: float | None = None,
     retry_failed: bool = False,
     propose: Callable[[], Sequence[TrainSpec]] = lambda: (),
+    keep_checkpoints: bool = False,
 ) -> dict[str, str]:
     """Train the specs that have no record yet.
 
     Running it again runs only what is missing. A driver that is killed loses nothing that was
     recorded; a worker that dies costs at most its pack, which is started again. Parents are trained
     before their branches, also those that nobody asked for, and a branch starts as soon as its
-    checkpoint is there; when the sweep has ended, the checkpoints that it needed are dropped.
+    checkpoint is there; when the sweep has ended, the checkpoints that it needed are dropped, unless
+    further branches are to come.
 
     Args:
         specs: The runs wanted; equal ones are run once.
@@ -112,6 +114,7 @@ def run_sweep(
         propose: Called when all runs known so far have ended (a round); returns the runs of the
             next round, or none to end. A function of the records and a seed gives the same rounds
             however often the sweep is interrupted.
+        keep_checkpoints: Leave them for `drop_checkpoints`; trunks are then not trained again.
 
     Returns:
         run_id -> `ok` or `failed` for every spec, those proposed included.
@@ -140,10 +143,16 @@ def run_sweep(
             f"was interrupted, or their processes died {TRIES + 1} times each (see Ray's logs; out "
             "of memory is the usual cause, then a smaller pack_size helps). Run again to go on."
         )
-    for spec in with_ancestors(list(sweep.asked.values())):
+    if not keep_checkpoints:
+        drop_checkpoints(list(sweep.asked.values()), store)
+    return {run_id: status[run_id] for run_id in sweep.asked}
+
+
+def drop_checkpoints(specs: Sequence[TrainSpec], store: Store) -> None:
+    """Remove the checkpoints that these runs and their ancestors branched from."""
+    for spec in with_ancestors(specs):
         if spec.parent is not None and store.exists(spec.parent.checkpoint):
             store.remove(spec.parent.checkpoint)
-    return {run_id: status[run_id] for run_id in sweep.asked}
 
 
 class _Sweep:
