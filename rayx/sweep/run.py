@@ -100,8 +100,7 @@ def run_sweep(
     Running it again runs only what is missing. A driver that is killed loses nothing that was
     recorded; a worker that dies costs at most its pack, which is started again. Parents are trained
     before their branches, also those that nobody asked for, and a branch starts as soon as its
-    checkpoint is there; when the sweep has ended, the checkpoints that it needed are dropped, unless
-    further branches are to come.
+    checkpoint is there. When the sweep has ended, the checkpoints that it needed are dropped.
 
     Args:
         specs: The runs wanted; equal ones are run once.

@@ -54,7 +54,8 @@ class SplitLaw(Law):
         }
 
 
-def _plain(*more: Parameter) -> tuple[Parameter, ...]:
+def plain_parameters(*more: Parameter) -> tuple[Parameter, ...]:
+    """The parameters of E + A / N^alpha + B / D^beta, and more."""
     return (
         Parameter("E", FLOOR),
         Parameter("A", EXCESS),
@@ -77,7 +78,9 @@ class SplitAdditive(SplitLaw):
     name: ClassVar[str] = "split_additive"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        return _plain(Parameter("C", EXCESS), Parameter("D0", TURN), Parameter("gamma", EXPONENT))
+        return plain_parameters(
+            Parameter("C", EXCESS), Parameter("D0", TURN), Parameter("gamma", EXPONENT)
+        )
 
     def data_term(
         self, theta: Theta, tokens_R: np.ndarray, spec_R: np.ndarray
@@ -114,7 +117,7 @@ class SplitInteraction(SplitLaw):
     name: ClassVar[str] = "split_interaction"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        return _plain(Parameter("D1", TURN), Parameter("gamma", EXPONENT))
+        return plain_parameters(Parameter("D1", TURN), Parameter("gamma", EXPONENT))
 
     def data_term(
         self, theta: Theta, tokens_R: np.ndarray, spec_R: np.ndarray
@@ -138,7 +141,7 @@ class SplitEffective(SplitLaw):
     name: ClassVar[str] = "split_effective"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        return _plain(Parameter("rho", (0.05, 0.5)), Parameter("kappa", (0.5, 0.9)))
+        return plain_parameters(Parameter("rho", (0.05, 0.5)), Parameter("kappa", (0.5, 0.9)))
 
     def data_term(
         self, theta: Theta, tokens_R: np.ndarray, spec_R: np.ndarray
@@ -174,7 +177,7 @@ class SplitTwoStage(SplitLaw):
     name: ClassVar[str] = "split_two_stage"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        return _plain(
+        return plain_parameters(
             Parameter("D1", TURN),
             Parameter("gamma", EXPONENT, low=-math.inf),
             Parameter("epsilon", (0.0, 0.05), low=-math.inf),

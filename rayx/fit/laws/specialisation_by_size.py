@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from rayx.fit.laws.chinchilla import EXCESS, EXPONENT, FLOOR
+from rayx.fit.laws.chinchilla import EXCESS, EXPONENT
 from rayx.fit.laws.law import Inputs, Law, Parameter, Theta, Unit
-from rayx.fit.laws.specialisation import TURN
+from rayx.fit.laws.specialisation import TURN, plain_parameters
 
 INPUTS = ("params", "tokens", "spec_tokens")
 
@@ -35,15 +35,7 @@ class SplitProportional(Law):
     inputs: ClassVar[tuple[str, ...]] = INPUTS
 
     def parameters(self) -> tuple[Parameter, ...]:
-        return (
-            Parameter("E", FLOOR),
-            Parameter("A", EXCESS),
-            Parameter("alpha", EXPONENT),
-            Parameter("B", EXCESS),
-            Parameter("beta", EXPONENT),
-            Parameter("D1", TURN),
-            Parameter("gamma", EXPONENT),
-        )
+        return plain_parameters(Parameter("D1", TURN), Parameter("gamma", EXPONENT))
 
     def loss(self, theta: Theta, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         params_R, tokens_R = inputs["params"], inputs["tokens"]
