@@ -268,8 +268,8 @@ class Store:
         frame[zero] = frame[zero].fillna(0.0)
         # Columns by name, not by the record that happens to come first: fits depend on the order.
         plain = [c for c in frame.columns if "/" not in c]
-        frame = frame[plain + sorted(c for c in frame.columns if "/" in c)]
-        return frame.sort_values("run_id", ignore_index=True)
+        frame = frame.sort_values("run_id", ignore_index=True)
+        return frame.reindex(columns=plain + sorted(c for c in frame.columns if "/" in c))
 
     def evals(self) -> pd.DataFrame:
         """Return one row per run, evaluation point and target: the loss curves."""
