@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from rayx.errors import FitError, did_you_mean
 from rayx.fit.boosted_trees import LightGBM
@@ -51,6 +52,8 @@ def regressors(seed: int = 0) -> dict[str, Regressor]:
     }
 
 
+# Many small systems: on a busy machine threads of BLAS wait for each other (4 s became 65 s).
+@threadpool_limits.wrap(limits=1)
 def fit_table(
     table: Table,
     regressor: str | Regressor = "auto",
