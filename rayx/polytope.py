@@ -145,7 +145,14 @@ class Polytope:
         left_M = np.arange(len(weights_MK))
         log_MK = np.log(np.maximum(weights_MK, LEAST))
         damping_M = np.full(len(left_M), 1e-3)
-        state = evaluate(np.zeros((len(left_M), len(aim_J))), log_MK)
+        # From where floors and caps alone lead: far from it, all is clipped and no slope shows.
+        start_MJ = np.zeros((len(left_M), len(aim_J)))
+        box_MK = fill(weights_MK, self.floors_K, self.caps_K, 1.0)
+        raised_MK = box_MK > self.floors_K * (1.0 + 1e-12)
+        lift_MK = np.log(np.maximum(box_MK, LEAST)) - log_MK
+        start_MJ[:, 0] = np.where(raised_MK, lift_MK, -np.inf).max(1)
+        start_MJ[:, 0] = np.where(np.isfinite(start_MJ[:, 0]), start_MJ[:, 0], 0.0)
+        state = evaluate(start_MJ, log_MK)
         for _ in range(MAX_STEPS):
             m_MJ, value_M, x_MK, slope_MJ = state
             held_MJ = ~free_J & (m_MJ <= 0) & (slope_MJ > 0)

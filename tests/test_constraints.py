@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -56,6 +56,9 @@ def test_nearest_keeps_floors_and_caps_and_is_the_same_for_one_mixture_and_many(
 
 
 @settings(max_examples=60, deadline=None)
+@example(  # all weights are clipped at first: no slope shows where to go
+    (np.array([[0.8125, 0.0, 0.0]]), np.array([0.0025, 1.0, 0.009]), np.array([0.0, 0.03, 0.002]))
+)
 @given(bounded_weights())
 def test_a_group_of_all_domains_changes_nothing(case):
     weights_MK, caps_K, floors_K = case
