@@ -70,7 +70,11 @@ def law(
                 if all(column in table.columns for column in make.inputs)
             }
             if not candidates:
-                raise FitError(f"No law fits the columns {', '.join(table.columns)}.")
+                raise FitError(
+                    f"No law fits the columns {', '.join(table.columns)}; laws take params, "
+                    "tokens, spec_tokens, ratio, weight/<domain> … Use --rename, e.g. "
+                    "N=params,D=tokens."
+                )
             name, tried, failed = choose_law(candidates, table.columns, table.domains, shown)
             table = _warned(table, [f"{n} was not tried: {why}" for n, why in failed.items()])
         chosen = laws()[name](**settings)
