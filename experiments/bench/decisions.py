@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import rayx
+from rayx.errors import StoreError
 
 HERE = Path(__file__).parent
 USUAL = "split,constraints,laws,proposers,regressors"
@@ -43,8 +44,11 @@ def commands(folder: Path) -> dict[str, str]:
 
 def split(store_url: str) -> dict:
     """Return the measured and predicted losses of the study of splits."""
-    found = {}
-    store = rayx.open(store_url)
+    found: dict = {}
+    try:
+        store = rayx.open(store_url)
+    except StoreError as error:
+        return {"missing": f"{error} Run the experiment first."}
     for name in store.names("splits"):
         choice = store.read_json(f"splits/{name}.json")
         verified = store.read_json(f"verifications/{name}.json")
