@@ -11,7 +11,7 @@ import dataclasses
 
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Phase, Schedule
-from rayx.spec import Evaluation, LrSchedule, Parent, TrainSpec
+from rayx.spec import LrSchedule, Parent, TrainSpec
 
 
 def make_trunk(template: TrainSpec, mixture: Mixture, tokens: int) -> TrainSpec:
@@ -44,7 +44,6 @@ def make_branch(
     trunk_tokens: int,
     phases: tuple[Phase, ...],
     decay_share: float,
-    evaluation: Evaluation | None = None,
 ) -> TrainSpec:
     """Return a run of `trunk_tokens` on the trunk's mixture and then `phases`, WSD over all of it.
 
@@ -56,7 +55,6 @@ def make_branch(
         trunk_tokens: Tokens before the phases, rounded to steps; 0 for a run without a trunk.
         phases: What follows; empty for the trunk's mixture to the end.
         decay_share: In (0, 1).
-        evaluation: When and on how much to evaluate; the trunk's by default.
 
     Raises:
         SpecError: The branch would leave during the warm-up or after the trunk's end, or is empty.
@@ -90,6 +88,5 @@ def make_branch(
         trunk,
         schedule=Schedule(tuple(tail)),
         optimizer=optimizer,
-        evaluation=evaluation or trunk.evaluation,
         parent=Parent(trunk, leave) if leave else None,
     )
