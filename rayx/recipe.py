@@ -20,7 +20,7 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -115,7 +115,7 @@ class Optimizer:
         numbers = [f.name for f in dataclasses.fields(self) if f.type == "float"]
         for name in numbers:
             require(
-                _is_number(getattr(self, name)),
+                is_number(getattr(self, name)),
                 f"Optimizer.{name}",
                 getattr(self, name),
                 "a finite number",

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayx.errors import SpecError
-from rayx.spec import FORMAT, TrainSpec
+from rayx.merging import Spec, spec_from_json
+from rayx.spec import FORMAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,11 @@ class Record:
     Facts about the run are fields here; nothing is ever parsed out of names or logs.
     """
 
-    spec: TrainSpec
+    spec: Spec
     curve: tuple[CurvePoint, ...]  # every evaluation, the last one is the result
     epochs: dict[str, float]  # domain -> passes over its training tokens, the trunk's included
-    tokens: int
-    flops: float
+    tokens: int  # trained on by this run itself: 0 for a merged candidate
+    flops: float  # of this run itself: training, or the evaluation of a merged candidate
     seconds: float  # the run's share of its pack's wall time
     pack_id: str
     pack_runs: int  # runs trained together with this one, itself included
@@ -80,34 +81,19 @@ class Record:
 
     def run_row(self) -> dict[str, Any]:
         """Return the record as a row of `Store.runs`."""
-        spec = self.spec
         return {
             "run_id": self.run_id,
-            "kind": "train",
             "status": self.status,
             "failure": self.failure.message if self.failure else None,
-            "corpus": spec.corpus,
-            "params": spec.model.params,
-            "tokens": spec.tokens,
-            "trunk_tokens": spec.trunk_tokens,
-            "parent": spec.parent.spec.run_id if spec.parent else None,
+            **self.spec.columns(),
             "flops": self.flops,
             "seconds": self.seconds,
-            "seed": spec.seed,
-            "data_seed": spec.data_seed,
-            "layers": spec.model.layers,
-            "width": spec.model.width,
-            "context": spec.model.context,
-            "lr": spec.optimizer.lr,
-            "batch_sequences": spec.optimizer.batch_sequences,
-            "phases": len(spec.schedule.phases),
             "pack_id": self.pack_id,
             "pack_runs": self.pack_runs,
             "device": self.device,
             "commit": self.commit,
             "started": self.started,
             "finished": self.finished,
-            **{f"weight/{d}": w for d, w in spec.schedule.average().items()},
             **{f"epochs/{d}": e for d, e in self.epochs.items()},
             **{f"loss/{t}": loss.bpb for t, loss in self.losses.items()},
             **{f"loss_nats/{t}": loss.nats for t, loss in self.losses.items()},
@@ -151,7 +137,7 @@ class Record:
             raise SpecError(f"Record has format {data.get('format')!r}; this rayx reads {FORMAT}.")
         fields = {k: v for k, v in data.items() if k not in ("format", "run_id")}
         try:
-            fields["spec"] = TrainSpec.from_json(fields["spec"])
+            fields["spec"] = spec_from_json(fields["spec"])
             fields["curve"] = tuple(
                 CurvePoint(p["step"], p["tokens"], {t: Loss(**v) for t, v in p["losses"].items()})
                 for p in fields["curve"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayx.errors import SpecError
-from rayx.mixture import Schedule
+from rayx.mixture import Mixture, Schedule
 from rayx.recipe import (
     Evaluation,
     LrSchedule,
@@ -51,6 +51,8 @@ class Parent:
 
     spec: TrainSpec
     steps: int
+    # Its name in a store; what decides its content is in the name. Kept, for hashing takes long.
+    checkpoint: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require(isinstance(self.spec, TrainSpec), "Parent.spec", self.spec, "a TrainSpec")
@@ -60,17 +62,14 @@ class Parent:
             self.steps,
             f"an integer from 1 to the {self.spec.steps} steps of the parent",
         )
+        name = f"checkpoints/{self.spec.run_id}-{self.steps}.safetensors"
+        object.__setattr__(self, "checkpoint", name)
 
     @property
     def path_steps(self) -> int:
         """Optimizer steps since the first ancestor's start."""
         before = self.spec.parent.path_steps if self.spec.parent else 0
         return before + self.steps
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint in a store: what decides its content is in the name."""
-        return f"checkpoints/{self.spec.run_id}-{self.steps}.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +181,16 @@ class TrainSpec:
         return read
 
     @property
+    def mixture(self) -> Mixture:
+        """The average mixture of its own schedule."""
+        return self.schedule.average()
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """The states that it starts from: one or none."""
+        return (self.parent,) if self.parent else ()
+
+    @property
     def path(self) -> tuple[TrainSpec, ...]:
         """The ancestors from the first one on, and this spec."""
         return (*self.parent.spec.path, self) if self.parent else (self,)
@@ -209,6 +218,28 @@ class TrainSpec:
         if self.parent is not None:
             data["parent"] = self.parent.path_steps  # Adam's bias correction is the pack's
         return json.dumps({**data, "steps": self.steps}, sort_keys=True)
+
+    def columns(self) -> dict[str, Any]:
+        """Return the spec's columns of `Store.runs`."""
+        return {
+            "kind": "train",
+            "corpus": self.corpus,
+            "params": self.model.params,
+            "tokens": self.tokens,
+            "trunk_tokens": self.trunk_tokens,
+            "parent": self.parent.spec.run_id if self.parent else None,
+            "expert_set": None,
+            "operator": None,
+            "seed": self.seed,
+            "data_seed": self.data_seed,
+            "layers": self.model.layers,
+            "width": self.model.width,
+            "context": self.model.context,
+            "lr": self.optimizer.lr,
+            "batch_sequences": self.optimizer.batch_sequences,
+            "phases": len(self.schedule.phases),
+            **{f"weight/{d}": w for d, w in self.mixture.items()},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data from which `from_json` makes an equal spec."""

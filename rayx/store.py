@@ -2,7 +2,7 @@
 
     records/RUN.json     a finished run; written once, atomically, by its worker: existence = done
     failures/RUN.json    a run that failed; replaced by a record when a retry succeeds
-    packs/PACK.json      the specs that one trial trains together
+    packs/PACK.json      the specs of one trial
     heartbeats/PACK.json how far a pack is, rewritten every few seconds
     sweeps/SWEEP.json    the run_ids asked for and when
     drivers/SWEEP.json   the driver's heartbeat
@@ -34,8 +34,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from rayx.errors import RayxError, StoreError
+from rayx.merging import Spec, spec_from_json
 from rayx.record import Record
-from rayx.spec import FORMAT, TrainSpec
+from rayx.spec import FORMAT
 
 log = logging.getLogger(__name__)
 
@@ -204,13 +205,13 @@ class Store:
 
     # Packs, heartbeats, sweeps ----------------------------------------------------------------
 
-    def put_pack(self, pack_id: str, specs: Iterable[TrainSpec]) -> None:
-        """Write the specs that one trial trains."""
+    def put_pack(self, pack_id: str, specs: Iterable[Spec]) -> None:
+        """Write the specs of one trial."""
         self.write_json(f"packs/{pack_id}.json", [spec.to_json() for spec in specs])
 
-    def get_pack(self, pack_id: str) -> list[TrainSpec]:
+    def get_pack(self, pack_id: str) -> list[Spec]:
         """Return the specs of a pack."""
-        return [TrainSpec.from_json(data) for data in self.read_json(f"packs/{pack_id}.json")]
+        return [spec_from_json(data) for data in self.read_json(f"packs/{pack_id}.json")]
 
     def beat(self, name: str, **facts: Any) -> None:
         """Write a heartbeat: facts and the time."""
