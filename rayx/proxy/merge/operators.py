@@ -209,7 +209,7 @@ def prepare_tensor(
         return lambda weights_CK: kept.expand(len(weights_CK), *kept.shape).clone()
     work = work_dtype(experts_K.dtype)
     base_N = None if base is None else base.to(work).flatten()
-    source = Stacked(name, experts_K.to(work).flatten(1), base_N)
+    source = Stacked(name, experts_K.to(work).reshape(len(experts_K), -1), base_N)
     combine = PLANS[operator.name](source, operator)
 
     def merged(weights_CK: Tensor) -> Tensor:
