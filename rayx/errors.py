@@ -34,6 +34,10 @@ class FitError(RayxError):
     """A table, regressor or law cannot be fitted or applied."""
 
 
+class ModelError(RayxError):
+    """A model's files cannot be read, merged or evaluated."""
+
+
 class ChoiceError(RayxError):
     """No mixture satisfies the constraints, or the evidence does not support a choice."""
 
