@@ -1,0 +1,211 @@
+"""Merging as a ranking proxy: agreement, the hull, costs and the branches, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+import rayx
+from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
+from rayx.errors import SpecError, StoreError
+from rayx.merging import MergeSpec
+from rayx.methods.merge_proxy import Agreement, MergeProxy, agreement, cost_tokens, losses, study
+from rayx.record import CurvePoint, Loss, Record
+from rayx.spec import Parent
+
+TARGETS = ("code", "law", "news")
+EVALUATION_FLOPS = 6_000.0
+
+
+def merge_proxy(**changes) -> MergeProxy:
+    general = Mixture({"code": 2, "law": 1, "news": 1})
+    template = TrainSpec(
+        corpus="c0ffee",
+        model=ModelShape(layers=1, width=16, heads=2, ffn_width=32, vocab_size=300, context=16),
+        schedule=Schedule.constant(general, 20_480),
+        optimizer=Optimizer(lr=1e-2, batch_sequences=4),
+        evaluation=Evaluation(points=1, sequences=8),
+        seed=5,
+        data_seed=5,
+    )
+    usual = {
+        "template": template,
+        "general": general,
+        "domains": TARGETS,
+        "trunk_tokens": 20_480,
+        "branch_tokens": 6_400,
+    }
+    return MergeProxy(**(usual | changes))
+
+
+def planted_record(spec, bpb_T) -> Record:
+    """The record of a trained or merged spec with these losses."""
+    named = {t: Loss(2 * float(b), float(b), 0.01) for t, b in zip(TARGETS, bpb_T, strict=True)}
+    trained = isinstance(spec, TrainSpec)
+    return Record(
+        spec=spec,
+        curve=(CurvePoint(1, spec.tokens, named),),
+        epochs={},
+        tokens=spec.tokens if trained else 0,
+        flops=spec.flops if trained else EVALUATION_FLOPS,
+        seconds=1.0,
+        pack_id="pack0",
+        pack_runs=1,
+        device="cpu",
+        versions={},
+        commit="",
+        started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:00:02+00:00",
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return rayx.open(tmp_path / "store", create=True)
+
+
+def test_equal_losses_agree_in_everything():
+    trained_RT = np.random.default_rng(0).uniform(1, 2, (8, 3))
+    same = agreement(trained_RT, trained_RT, TARGETS)
+    assert same == Agreement(
+        mixtures=8,
+        spearman=pytest.approx(dict.fromkeys(TARGETS, 1.0)),
+        average_spearman=pytest.approx(1.0),
+        top_spearman=pytest.approx(1.0),
+        recovery=pytest.approx(1.0),
+        gap_bpb=0.0,
+    )
+    worse = agreement(2 * trained_RT, trained_RT, TARGETS)
+    assert worse.macro_spearman == pytest.approx(1.0) and worse.recovery == pytest.approx(0.5)
+    assert worse.gap_bpb == pytest.approx(trained_RT.mean())
+    reversed_ = agreement(3 - trained_RT, trained_RT, TARGETS)
+    assert reversed_.least_spearman == reversed_.average_spearman == pytest.approx(-1.0)
+
+
+def test_top_spearman_looks_only_at_the_best_trained_quarter():
+    trained_R = np.arange(16.0) + 1
+    standin_R = trained_R.copy()
+    standin_R[:4] = standin_R[:4][::-1]  # the best four are ranked the wrong way round
+    found = agreement(standin_R[:, None], trained_R[:, None], ("code",))
+    assert found.top_spearman == pytest.approx(-1.0)
+    assert found.average_spearman == pytest.approx(spearmanr(standin_R, trained_R).statistic)
+    assert found.average_spearman > 0.9
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1_000), st.integers(4, 20))
+def test_spearman_is_scipys_and_survives_any_increasing_function(seed, num):
+    rng = np.random.default_rng(seed)
+    standin_RT, trained_RT = rng.uniform(0.5, 3.0, (2, num, 3))
+    found = agreement(standin_RT, trained_RT, TARGETS)
+    bent = agreement(np.exp(standin_RT), trained_RT, TARGETS)
+    for t, target in enumerate(TARGETS):
+        expected = spearmanr(standin_RT[:, t], trained_RT[:, t]).statistic
+        assert found.spearman[target] == pytest.approx(expected)
+        assert bent.spearman[target] == pytest.approx(expected)
+
+
+def test_agreement_refuses_what_says_nothing():
+    with pytest.raises(SpecError, match="at least 4"):
+        agreement(np.ones((3, 3)), np.ones((3, 3)), TARGETS)
+    with pytest.raises(SpecError, match=r"stand-ins' losses is \(5, 3\)"):
+        agreement(np.ones((5, 3)), np.ones((6, 3)), TARGETS)
+
+
+def test_branches_leave_the_end_of_one_trunk_and_keep_its_seeds():
+    proxies = merge_proxy()
+    for tokens in (640, 3_200, 6_400):
+        branch = proxies.branch(Mixture({"law": 1}), tokens)
+        assert branch.parent == Parent(proxies.trunk, proxies.trunk.steps)
+        assert branch.tokens == tokens and branch.mixture == Mixture({"law": 1})
+        assert (branch.seed, branch.data_seed) == (5, 5)
+        assert branch.optimizer.decay_share == pytest.approx(0.8, abs=0.06)  # whole steps
+    experts = proxies.experts(0.5)
+    assert experts.base == Parent(proxies.trunk, proxies.trunk.steps)
+    assert [m.spec.mixture["law"] for m in experts.members] == pytest.approx([0.125, 0.625, 0.125])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1_000), st.sampled_from([0.0, 0.25, 0.5]))
+def test_weights_are_mapped_back_through_the_experts_mixtures(seed, share):
+    proxies = merge_proxy()
+    mixture = proxies.hull_mixtures(1, share, seed)[0]
+    standin = proxies.standin(mixture, share)
+    general_K = proxies.general.to_array(TARGETS)
+    expected_K = (mixture.to_array(TARGETS) - share * general_K) / (1 - share)
+    assert standin.weights == pytest.approx(expected_K, abs=1e-5)
+    assert standin.mixture.to_array(TARGETS) == pytest.approx(mixture.to_array(TARGETS), abs=1e-5)
+    hull = proxies.hull(share)
+    assert hull.nearest(mixture.to_array(TARGETS)[None])[0] == pytest.approx(
+        mixture.to_array(TARGETS), abs=2e-6
+    )
+
+
+def test_a_mixture_outside_the_hull_has_no_standin():
+    proxies = merge_proxy()
+    little_code = Mixture({"code": 0.1, "law": 0.5, "news": 0.4})
+    with pytest.raises(SpecError, match="outside"):
+        proxies.standin(little_code, 0.5)  # general text is half code: at least a quarter
+    assert proxies.standin(little_code, 0.0).weights == pytest.approx((0.1, 0.5, 0.4))
+
+
+def test_a_general_domain_without_an_expert_is_fixed():
+    proxies = merge_proxy(domains=("code", "law"))
+    hull = proxies.hull(0.5)
+    assert hull.domains == TARGETS
+    assert hull.floors_K == pytest.approx([0.25, 0.125, 0.125])
+    assert hull.caps_K == pytest.approx([1.0, 1.0, 0.125])
+    for mixture in proxies.hull_mixtures(5, 0.5, 0):
+        assert mixture["news"] == pytest.approx(0.125)
+        assert isinstance(proxies.standin(mixture, 0.5), MergeSpec)
+
+
+def test_study_compares_records_and_refuses_another_order(store):
+    proxies = merge_proxy()
+    mixtures = proxies.hull_mixtures(6, 0.5, 0)
+    references = [proxies.branch(mixture) for mixture in mixtures]
+    standins = [proxies.standin(mixture, 0.5) for mixture in mixtures]
+    rng = np.random.default_rng(0)
+    trained_RT, standin_RT = rng.uniform(1, 2, (2, 6, 3))
+    with pytest.raises(StoreError, match="no record"):
+        study(store, standins, references)
+    for specs, losses_RT in ((references, trained_RT), (standins, standin_RT)):
+        for spec, bpb_T in zip(specs, losses_RT, strict=True):
+            store.put(planted_record(spec, bpb_T))
+    assert study(store, standins, references) == agreement(standin_RT, trained_RT, TARGETS)
+    assert losses(store, standins, ("news",))[:, 0] == pytest.approx(standin_RT[:, 2])
+    with pytest.raises(SpecError, match="same order"):
+        study(store, standins[::-1], references)
+    with pytest.raises(SpecError, match="is 5"):
+        study(store, standins[:5], references)
+    with pytest.raises(SpecError, match="books"):
+        losses(store, standins, ("books",))
+    elsewhere = [dataclasses.replace(spec, corpus="beef", parent=None) for spec in references]
+    with pytest.raises(SpecError, match="beef"):
+        study(store, standins, elsewhere)
+
+
+def test_merges_cost_their_experts_once_and_an_evaluation_each(store):
+    proxies = merge_proxy()
+    mixtures = proxies.hull_mixtures(10, 0.5, 0)
+    standins = [proxies.standin(mixture, 0.5) for mixture in mixtures]
+    for standin in standins:
+        store.put(planted_record(standin, np.ones(3)))
+    evaluation = EVALUATION_FLOPS / (6 * proxies.template.model.matmul_params)
+    assert cost_tokens(store, standins) == pytest.approx(3 * 6_400 + 10 * evaluation)
+    assert cost_tokens(store, [*standins, *standins]) == cost_tokens(store, standins)
+    # An expert that is itself asked for is not paid twice; trained runs pay their own tokens.
+    experts = [member.spec for member in proxies.experts(0.5).members]
+    references = [proxies.branch(mixture, 3_200) for mixture in mixtures]
+    everything = [*experts, *standins, *references]
+    assert cost_tokens(store, everything) == pytest.approx(3 * 6_400 + 10 * evaluation + 10 * 3_200)
+
+
+def test_general_share_of_one_leaves_nothing_to_learn():
+    with pytest.raises(SpecError, match=r"\[0, 1\)"):
+        merge_proxy().experts(1.0)
