@@ -114,14 +114,19 @@ class Experts:
         )
         return _rounded(weights_K)
 
-    def merge(self, weights: Sequence[float], operator: Operator | None = None) -> MergeSpec:
-        """Return a merged candidate, evaluated as the first expert is."""
-        evaluation = dataclasses.replace(self.members[0].spec.evaluation, points=1)
+    def merge(
+        self,
+        weights: Sequence[float],
+        operator: Operator | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> MergeSpec:
+        """Return a merged candidate, by default evaluated as the first expert is."""
+        usual = dataclasses.replace(self.members[0].spec.evaluation, points=1)
         return MergeSpec(
             experts=self,
             weights=tuple(weights),
             operator=operator or Operator(),
-            evaluation=evaluation,
+            evaluation=evaluation or usual,
         )
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -226,7 +231,7 @@ class MergeSpec:
     @property
     def pack_key(self) -> str:
         """Candidates with equal keys can share a pack: all but the weights and the operator."""
-        evaluation = dataclasses.asdict(self.evaluation)
+        evaluation = self.evaluation.to_json()
         return json.dumps({"kind": "merge", "experts": self.expert_set_id, **evaluation})
 
     def columns(self) -> dict[str, Any]:
@@ -255,7 +260,7 @@ class MergeSpec:
             "kind": "merge",
             "weights": list(self.weights),
             "operator": self.operator.to_json(),
-            "evaluation": dataclasses.asdict(self.evaluation),
+            "evaluation": self.evaluation.to_json(),
         }
 
     def to_json(self) -> dict[str, Any]:

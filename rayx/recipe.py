@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from rayx.errors import SpecError
 
@@ -157,8 +158,15 @@ class Evaluation:
 
     points: int = 4  # equally spaced over the steps, the end included
     sequences: int = 64  # per target at most, each of the model's context
+    part: str = "all"  # of the held-out text: choose on the `first` half, report on the `second`
 
     def __post_init__(self) -> None:
         for name in ("points", "sequences"):
             value = getattr(self, name)
             require(is_int(value) and value > 0, f"Evaluation.{name}", value, "an integer > 0")
+        parts = ("all", "first", "second")
+        require(self.part in parts, "Evaluation.part", self.part, f"one of {', '.join(parts)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; the usual part is left out."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("part", "all")}

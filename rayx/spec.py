@@ -258,7 +258,7 @@ class TrainSpec:
             },
             "seed": self.seed,
             "data_seed": self.data_seed,
-            "evaluation": dataclasses.asdict(self.evaluation),
+            "evaluation": self.evaluation.to_json(),
             "precision": self.precision.value,
         }
 

@@ -169,7 +169,7 @@ def test_branches_of_a_parent_that_failed_are_failures_that_say_so(ray_cluster, 
     wild = dataclasses.replace(trunk, optimizer=dataclasses.replace(trunk.optimizer, lr=10.0))
     specs = branches_of(wild, 6, 2)
     assert set(run_sweep(specs, tiny_corpus, store, train_pack).values()) == {"failed"}
-    assert f"run {wild.run_id}, from which this run branches" in (
+    assert f"run {wild.run_id}, which this one needs, failed" in (
         store.get(specs[0].run_id).failure.message
     )
 

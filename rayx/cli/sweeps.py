@@ -14,8 +14,8 @@ from rayx.cli.options import JsonOption, StoreArgument
 from rayx.cli.output import show_choice, show_split
 from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
+from rayx.merging import Spec
 from rayx.progress import progress, progress_line
-from rayx.spec import TrainSpec
 from rayx.split import SplitChoice
 from rayx.store import open_store
 
@@ -54,6 +54,7 @@ def run(
     Example: `rayx run experiments/quickstart.py --set proxies=48 --dry-run`
     """
     from rayx.proxy import set_threads, train_pack
+    from rayx.proxy.merge.candidates import Merges
     from rayx.sweep import Placement, drop_checkpoints, estimate, run_sweep
 
     module = load_experiment(experiment)
@@ -85,22 +86,21 @@ def run(
 
     opened = open_store(url, create=True)
     statuses: dict[str, str] = {}
-    asked: list[TrainSpec] = []
+    asked: list[Spec] = []
 
-    def propose() -> Sequence[TrainSpec]:
+    def propose() -> Sequence[Spec]:
         if limit is not None or not hasattr(module, "propose"):
             return ()
         return module.propose(parameters, corpus, opened)
 
-    def sweep(
-        more: Sequence[TrainSpec], propose: Callable[[], Sequence[TrainSpec]] = lambda: ()
-    ) -> None:
+    def sweep(more: Sequence[Spec], propose: Callable[[], Sequence[Spec]] = lambda: ()) -> None:
         statuses.update(
             run_sweep(
                 more,
                 corpus,
                 opened,
                 train_pack,
+                merges=Merges(),
                 placement=placement,
                 retry_failed=retry_failed,
                 propose=propose,

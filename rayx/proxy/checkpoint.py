@@ -1,11 +1,12 @@
 """Checkpoints: the whole state of one run at a step, as safetensors.
 
 Parameters under their own names, Adam's moments under `first.` and `second.`, and in the metadata
-how many sequences of each domain have been read. Nothing is pickled.
+the model's shape and how many sequences of each domain have been read. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,17 +34,21 @@ class State:
     drawn: dict[str, int]  # domain -> sequences read
 
 
-def write_checkpoint(store: Store, name: str, state: State) -> None:
-    """Write a state; see `Parent.checkpoint` for the name."""
+def write_checkpoint(store: Store, parent: Parent, state: State) -> None:
+    """Write the state that `parent` names."""
     tensors = dict(state.parameters)
     for moment in MOMENTS:
         tensors |= {f"{moment}.{n}": t for n, t in getattr(state, moment).items()}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    store.write_bytes(name, save(tensors, {"drawn": json.dumps(state.drawn)}))
+    metadata = {
+        "drawn": json.dumps(state.drawn),
+        "model": json.dumps(dataclasses.asdict(parent.spec.model)),
+    }
+    store.write_bytes(parent.checkpoint, save(tensors, metadata))
 
 
 def read_checkpoint(store: Store, parent: Parent) -> State:
-    """Read the state that a branch starts from.
+    """Read a state that a branch starts from, or an expert.
 
     Raises:
         StoreError: There is no such checkpoint (the parent failed, or it was dropped), or it is
@@ -54,8 +59,8 @@ def read_checkpoint(store: Store, parent: Parent) -> State:
         data = store.read_bytes(name)
     except FileNotFoundError:
         raise StoreError(
-            f"Store {store.url!r} has no {name}: run {parent.spec.run_id}, from which this run "
-            "branches, failed or was not trained. Look at its record, then run with --retry-failed."
+            f"Store {store.url!r} has no {name}: run {parent.spec.run_id}, which this one needs, "
+            "failed or was not trained. Look at its record, then run with --retry-failed."
         ) from None
     try:
         tensors = load(data)

@@ -18,7 +18,7 @@ from rayx.corpus.sampler import sequence_count, take
 from rayx.errors import CorpusError
 from rayx.proxy.model import Rotary, token_losses
 from rayx.record import Loss
-from rayx.spec import ModelShape
+from rayx.spec import Evaluation, ModelShape
 from rayx.units import bits_per_byte
 
 
@@ -30,8 +30,10 @@ class HeldOut:
     bits_per_nat_token: float  # turns nats per token into bits per byte
 
 
-def held_out(corpus: Corpus, context: int, sequences: int, device: torch.device) -> dict:
-    """Return target -> HeldOut: at most `sequences` sequences, spread evenly over the shard.
+def held_out(
+    corpus: Corpus, context: int, evaluation: Evaluation, device: torch.device
+) -> dict[str, HeldOut]:
+    """Return target -> HeldOut: at most `sequences` sequences, spread evenly over the part.
 
     Bits per byte use the tokens per byte of the whole held-out shard, so that the factor does not
     depend on how many sequences are read.
@@ -41,18 +43,31 @@ def held_out(corpus: Corpus, context: int, sequences: int, device: torch.device)
     """
     result = {}
     for target in corpus.targets:
-        shard = corpus.heldout(target)
-        available = sequence_count(len(shard), context)
-        if available == 0:
-            raise CorpusError(
-                f"Target {target!r} has {len(shard)} held-out tokens; one sequence of context "
-                f"{context} needs {context + 1}. Build the corpus with a larger held-out share."
-            )
-        places = np.unique(np.linspace(0, available - 1, min(sequences, available)).astype(int))
-        tokens = torch.from_numpy(take(shard, places, context)).to(device)
+        places = heldout_places(corpus, target, context, evaluation)
+        tokens = torch.from_numpy(take(corpus.heldout(target), places, context)).to(device)
         factor = bits_per_byte(1.0, corpus.heldout_tokens[target], corpus.heldout_bytes[target])
         result[target] = HeldOut(tokens, factor)
     return result
+
+
+def heldout_places(corpus: Corpus, target: str, context: int, evaluation: Evaluation) -> np.ndarray:
+    """Return the numbers of the held-out sequences of a target that are read, shape (S,).
+
+    Raises:
+        CorpusError: The part of the target's held-out text is shorter than one sequence.
+    """
+    num_tokens = corpus.heldout_tokens[target]
+    available = sequence_count(num_tokens, context)
+    begin = available // 2 if evaluation.part == "second" else 0
+    end = available // 2 if evaluation.part == "first" else available
+    if begin == end:
+        raise CorpusError(
+            f"Target {target!r} has {num_tokens} held-out tokens, too few for one sequence of "
+            f"context {context} in its part {evaluation.part!r}. Build the corpus with a larger "
+            "held-out share."
+        )
+    count = min(evaluation.sequences, end - begin)
+    return np.unique(np.linspace(begin, end - 1, count).astype(int))
 
 
 @torch.no_grad()

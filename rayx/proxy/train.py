@@ -132,7 +132,7 @@ def train_pack(
     shape, evaluation = spec.model, spec.evaluation
     states = start_states(specs, store)
     batches = _Batches(corpus, specs, states)
-    targets = held_out(corpus, shape.context, evaluation.sequences, place)
+    targets = held_out(corpus, shape.context, evaluation, place)
     parameters = stacked([s.parameters for s in states], place)
     for parameter in parameters.values():
         parameter.requires_grad_()
@@ -150,7 +150,6 @@ def train_pack(
     alive_R = torch.ones(len(specs), dtype=torch.bool, device=place)
     curves: list[list[CurvePoint]] = [[] for _ in specs]
     failures: list[Failure | None] = [None] * len(specs)
-    untrained = math.log(shape.vocab_size)
     last_beat = clock
 
     def fail(run: int, step: int, what: str) -> None:
@@ -180,7 +179,7 @@ def train_pack(
                     parameters, shape, rotary, targets, spec.optimizer.batch_sequences
                 )
             for run, by_target in enumerate(losses):
-                if wrong := _implausible(by_target, untrained):
+                if wrong := implausible(by_target, shape.vocab_size):
                     fail(run, step + 1, wrong)
                 if failures[run] is None:
                     curves[run].append(
@@ -192,7 +191,7 @@ def train_pack(
                     *({n: t[run] for n, t in tensors.items()} for tensors in optimizer.tensors),
                     drawn=batches.samplers[run].drawn(),
                 )
-                write_checkpoint(store, Parent(s, step + 1).checkpoint, state)
+                write_checkpoint(store, Parent(s, step + 1), state)
         if time.perf_counter() - last_beat > BEAT_SECONDS:
             last_beat = time.perf_counter()
             on_progress((step + 1) * spec.batch_tokens)
@@ -219,8 +218,9 @@ def train_pack(
     ]
 
 
-def _implausible(losses: dict[str, Loss], untrained_nats: float) -> str:
+def implausible(losses: dict[str, Loss], vocab_size: int) -> str:
     """Return what is wrong with a model's held-out losses, or an empty string."""
+    untrained_nats = math.log(vocab_size)
     mean = sum(loss.nats for loss in losses.values()) / len(losses)
     if not math.isfinite(mean):
         return f"held-out loss is {mean}"

@@ -34,6 +34,8 @@ def split_points(records: Iterable[Record], domains: Sequence[str] | None = None
     kinds = set()
     for record in records:
         spec = record.spec
+        if not isinstance(spec, TrainSpec):
+            continue
         stages = _stages(spec)
         if record.status != "ok" or spec.optimizer.decay_share == 0.0 or len(stages) > 2:
             continue

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayx.corpus import Corpus
+from rayx.merging import MergeSpec, Spec
 from rayx.mixture import Schedule
-from rayx.spec import Evaluation, TrainSpec
+from rayx.spec import Evaluation, ModelShape, TrainSpec
 from rayx.sweep.packs import with_ancestors
 from rayx.sweep.run import Placement
 from rayx.sweep.trial import TrainPack
@@ -28,19 +29,21 @@ class Estimate:
 
 
 def estimate(
-    specs: Sequence[TrainSpec], corpus: Corpus, train_pack: TrainPack, placement: Placement
+    specs: Sequence[Spec], corpus: Corpus, train_pack: TrainPack, placement: Placement
 ) -> Estimate:
     """Estimate a sweep's cost from a short calibration here, for each shape of run.
 
     Differences of short runs give the time of a step (over about a second of steps), of one
-    evaluation and of the set-up.
+    evaluation and of the set-up. A merged candidate takes one evaluation of its experts' shape.
     """
     together = placement.pack_size if placement.gpus else 1
     device = "cuda" if placement.gpus else "cpu"
     seconds = 0.0
     groups: dict[str, list[TrainSpec]] = {}
-    specs = with_ancestors(specs)
-    for spec in specs:
+    every = with_ancestors(specs)
+    trained = [spec for spec in every if isinstance(spec, TrainSpec)]
+    evaluation_seconds: dict[ModelShape, float] = {}  # of one sequence a target
+    for spec in trained:
         groups.setdefault(spec.pack_key, []).append(spec)
     for group in groups.values():
         pack, spec = group[:together], group[0]
@@ -68,4 +71,9 @@ def estimate(
         evaluation = max(0.0, timed(2, spec.evaluation.sequences) - base)
         whole = base + step * (spec.steps - 2) + evaluation * spec.evaluation.points
         seconds += whole * len(group) / len(pack)
-    return Estimate(len(specs), sum(s.tokens for s in specs), sum(s.flops for s in specs), seconds)
+        evaluation_seconds[spec.model] = evaluation / spec.evaluation.sequences
+    for spec in every:
+        if isinstance(spec, MergeSpec):
+            seconds += evaluation_seconds[spec.model] * spec.evaluation.sequences
+    tokens, flops = sum(s.tokens for s in trained), sum(s.flops for s in trained)
+    return Estimate(len(every), tokens, flops, seconds)

@@ -1,4 +1,4 @@
-"""Which runs train together and what they need, and the Searcher that hands packs to Tune."""
+"""Which specs go together and what they need, and the Searcher that hands packs to Tune."""
 
 from __future__ import annotations
 
@@ -9,98 +9,122 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from rayx.spec import TrainSpec
+from rayx.merging import MergeSpec, Spec
+
+MERGES_PER_PACK = 16  # merged candidates of a trial: enough to make its start negligible
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Runs of one pack_key that one trial trains.
+    """Specs of one pack_key that one trial trains, or evaluates where they are merged.
 
     Attributes:
         pack_id: Hash of the run_ids of all its specs.
-        specs: All its runs.
-        runs: run_id -> steps after which to keep a checkpoint; of the runs to train, not of those
-            that are on record already.
+        specs: All of them.
+        runs: run_id -> steps after which to keep a checkpoint; of those with something to do, not
+            of those that are on record already.
         needs: Checkpoints that must be in the store before it starts.
     """
 
     pack_id: str
-    specs: tuple[TrainSpec, ...]
+    specs: tuple[Spec, ...]
     runs: Mapping[str, Sequence[int]]
     needs: tuple[str, ...]
 
 
-def form_packs(specs: Sequence[TrainSpec], pack_size: int) -> dict[str, list[TrainSpec]]:
-    """Group runs of equal pack_key, in the order given, `pack_size` at a time.
+def form_packs(specs: Sequence[Spec], pack_size: int) -> dict[str, list[Spec]]:
+    """Group specs of equal pack_key, in the order given, so many at a time.
 
     Packs depend on the specs alone, never on what is already done: a sweep that is run again
     trains a missing run in the same company, and so to the same bits.
 
+    Args:
+        specs: Runs and merged candidates.
+        pack_size: Trained runs of a pack; merged candidates come MERGES_PER_PACK at a time.
+
     Returns:
         pack_id (hash of its run_ids) -> specs.
     """
-    groups: dict[str, list[TrainSpec]] = {}
+    groups: dict[str, list[Spec]] = {}
     for spec in specs:
         groups.setdefault(spec.pack_key, []).append(spec)
     packs = {}
     for group in groups.values():
-        for start in range(0, len(group), pack_size):
-            members = group[start : start + pack_size]
+        size = MERGES_PER_PACK if isinstance(group[0], MergeSpec) else pack_size
+        for start in range(0, len(group), size):
+            members = group[start : start + size]
             ids = ",".join(spec.run_id for spec in members)
             packs[hashlib.sha256(ids.encode()).hexdigest()[:12]] = members
     return packs
 
 
-def with_ancestors(specs: Sequence[TrainSpec]) -> list[TrainSpec]:
-    """Return the specs and all their ancestors once each, every parent before its branches."""
-    found = {ancestor.run_id: ancestor for spec in specs for ancestor in spec.path}
-    return sorted(found.values(), key=lambda spec: len(spec.path))
+def with_ancestors(specs: Sequence[Spec]) -> list[Spec]:
+    """Return the specs and all their ancestors once each, every parent before its children."""
+    found: dict[str, Spec] = {}
+    depth: dict[str, int] = {}
+    known: dict[int, str] = {}  # specs share parents as objects, and hashing one takes long
+
+    def visit(spec: Spec) -> int:
+        run_id = known.get(id(spec)) or known.setdefault(id(spec), spec.run_id)
+        if run_id not in depth:
+            depth[run_id] = 1 + max((visit(parent.spec) for parent in spec.parents), default=0)
+            found[run_id] = spec
+        return depth[run_id]
+
+    for spec in specs:
+        visit(spec)
+    return sorted(found.values(), key=lambda spec: depth[known.get(id(spec)) or spec.run_id])
 
 
 def missing_packs(
-    specs: Sequence[TrainSpec],
+    specs: Sequence[Spec],
     pack_size: int,
     ended: Mapping[str, str],
     exists: Callable[[str], bool],
 ) -> list[Pack]:
-    """Return the packs with something to do, parents before branches.
+    """Return the packs with something to do, parents before children.
 
-    A run is to be trained if it has no record, or if it is the parent of one that is to be trained
-    and its checkpoint is gone; a parent that failed is not tried again.
+    A spec has something to do if it has no record, or if it is the parent of one that has and its
+    checkpoint is gone; a parent that failed is not tried again.
 
     Args:
-        specs: The runs asked for.
-        pack_size: Runs of a pack.
+        specs: What is asked for.
+        pack_size: Trained runs of a pack.
         ended: run_id -> `ok` or `failed` of the runs on record.
         exists: Whether the store has a checkpoint.
     """
     every = with_ancestors(specs)
     asked = {spec.run_id for spec in specs}
     runs: dict[str, set[int]] = {run_id: set() for run_id in asked - ended.keys()}
+    looked: set[str] = set()  # checkpoints
     for spec in reversed(every):
-        parent = spec.parent
-        if spec.run_id not in runs or parent is None or exists(parent.checkpoint):
+        if spec.run_id not in runs:
             continue
-        if ended.get(parent.spec.run_id) != "failed":
-            runs.setdefault(parent.spec.run_id, set()).add(parent.steps)
+        for parent in spec.parents:
+            if parent.checkpoint in looked:
+                continue
+            looked.add(parent.checkpoint)
+            parent_id = parent.spec.run_id
+            if not exists(parent.checkpoint) and ended.get(parent_id) != "failed":
+                runs.setdefault(parent_id, set()).add(parent.steps)
     packs = []
     for pack_id, members in form_packs(every, pack_size).items():
-        chosen = [spec for spec in members if spec.run_id in runs]
+        chosen = {spec.run_id: spec for spec in members if spec.run_id in runs}
         if chosen:
-            needs = {spec.parent.checkpoint for spec in chosen if spec.parent}
-            keep = {spec.run_id: sorted(runs[spec.run_id]) for spec in chosen}
+            needs = {parent.checkpoint for spec in chosen.values() for parent in spec.parents}
+            keep = {run_id: sorted(runs[run_id]) for run_id in chosen}
             packs.append(Pack(pack_id, tuple(members), keep, tuple(sorted(needs))))
     return packs
 
 
 class PackSearcher(Searcher):
-    """Suggests packs one by one, branches once their parents' checkpoints are there.
+    """Suggests packs one by one, branches and merges once their parents' checkpoints are there.
 
     Tune copies configs into names and state files, so specs stay in the store. What is done is
     also known from the store alone: `save` and `restore` carry nothing.
 
     Args:
-        packs: The packs in the order in which to train them.
+        packs: The packs in the order in which to do them.
         exists: Whether the store has a checkpoint.
         more: Called when all packs have ended; returns the packs of the next round, or none.
     """

@@ -17,11 +17,12 @@ from ray import tune
 
 from rayx.corpus import Corpus
 from rayx.errors import SpecError, SweepError
+from rayx.merging import MergeSpec, Spec
 from rayx.progress import duration, progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.store import Store
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
-from rayx.sweep.trial import PackTrial, Surroundings, TrainPack
+from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
 from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Placement:
             )
 
 
-def check(specs: Sequence[TrainSpec], corpus: Corpus, max_epochs: float | None) -> None:
+def check(specs: Sequence[Spec], corpus: Corpus, max_epochs: float | None) -> None:
     """Refuse specs that cannot be trained on this corpus.
 
     Raises:
@@ -70,7 +71,7 @@ def check(specs: Sequence[TrainSpec], corpus: Corpus, max_epochs: float | None) 
                 f"{who} has a vocabulary of {spec.model.vocab_size}, the corpus' tokenizer one of "
                 f"{corpus.vocab_size}. Set ModelShape.vocab_size to at least that."
             )
-        spec.schedule.average().check(corpus.domains, f"corpus {corpus.url}")
+        spec.mixture.check(corpus.domains, f"corpus {corpus.url}")
         if max_epochs is None:
             continue
         for domain, tokens in spec.domain_tokens.items():
@@ -84,29 +85,32 @@ def check(specs: Sequence[TrainSpec], corpus: Corpus, max_epochs: float | None) 
 
 
 def run_sweep(
-    specs: Sequence[TrainSpec],
+    specs: Sequence[Spec],
     corpus: Corpus,
     store: Store,
     train_pack: TrainPack,
     *,
+    merges: Merges | None = None,
     placement: Placement | None = None,
     max_epochs: float | None = None,
     retry_failed: bool = False,
-    propose: Callable[[], Sequence[TrainSpec]] = lambda: (),
+    propose: Callable[[], Sequence[Spec]] = lambda: (),
     keep_checkpoints: bool = False,
 ) -> dict[str, str]:
-    """Train the specs that have no record yet.
+    """Train, or merge and evaluate, the specs that have no record yet.
 
     Running it again runs only what is missing. A driver that is killed loses nothing that was
     recorded; a worker that dies costs at most its pack, which is started again. Parents are trained
-    before their branches, also those that nobody asked for, and a branch starts as soon as its
-    checkpoint is there. When the sweep has ended, the checkpoints that it needed are dropped.
+    before their branches and experts before their merges, also those that nobody asked for, and
+    each starts as soon as its checkpoints are there. When the sweep has ended, the checkpoints that
+    it needed are dropped.
 
     Args:
-        specs: The runs wanted; equal ones are run once.
+        specs: What is wanted, trained or merged; equal ones are run once.
         corpus: What they train on; all nodes must see its path.
         store: Where records go; all nodes must see its path.
         train_pack: The training loop, `rayx.proxy.train_pack`.
+        merges: Loads and evaluates merged candidates, `rayx.proxy.merge.candidates.Merges()`.
         placement: The cluster and the size of a trial.
         max_epochs: Refuse specs that pass over a domain more often.
         retry_failed: Also run again what has failed.
@@ -122,7 +126,7 @@ def run_sweep(
         SpecError: A spec cannot be trained; nothing was started.
         SweepError: The cluster cannot hold a trial, or packs died again and again.
     """
-    sweep = _Sweep(corpus, store, placement or Placement(), max_epochs)
+    sweep = _Sweep(corpus, store, placement or Placement(), max_epochs, merges)
 
     def next_round() -> list[Pack]:
         """Return what is missing of the next round; rounds that are all on record are passed."""
@@ -133,7 +137,7 @@ def run_sweep(
 
     packs = sweep.add(specs, retry_failed) or next_round()
     if packs:
-        _train(sweep, packs, train_pack, next_round)
+        _work(sweep, packs, train_pack, next_round)
     status = store.status()
     lost = [run_id for run_id in sweep.asked if run_id not in status]
     if lost:
@@ -147,28 +151,35 @@ def run_sweep(
     return {run_id: status[run_id] for run_id in sweep.asked}
 
 
-def drop_checkpoints(specs: Sequence[TrainSpec], store: Store) -> None:
-    """Remove the checkpoints that these runs and their ancestors branched from."""
-    for spec in with_ancestors(specs):
-        if spec.parent is not None and store.exists(spec.parent.checkpoint):
-            store.remove(spec.parent.checkpoint)
+def drop_checkpoints(specs: Sequence[Spec], store: Store) -> None:
+    """Remove the checkpoints that these specs and their ancestors start from."""
+    for name in {p.checkpoint for spec in with_ancestors(specs) for p in spec.parents}:
+        if store.exists(name):
+            store.remove(name)
 
 
 class _Sweep:
     """What is asked for so far, and the packs that it takes."""
 
     def __init__(
-        self, corpus: Corpus, store: Store, placement: Placement, max_epochs: float | None
+        self,
+        corpus: Corpus,
+        store: Store,
+        placement: Placement,
+        max_epochs: float | None,
+        merges: Merges | None,
     ) -> None:
         self.corpus, self.store, self.placement = corpus, store, placement
-        self.max_epochs = max_epochs
-        self.asked: dict[str, TrainSpec] = {}
+        self.max_epochs, self.merges = max_epochs, merges
+        self.asked: dict[str, Spec] = {}
         self.sweep_id = ""
 
-    def add(self, specs: Sequence[TrainSpec], retry_failed: bool) -> list[Pack]:
+    def add(self, specs: Sequence[Spec], retry_failed: bool) -> list[Pack]:
         """Ask for further runs; return the packs of those that have no record."""
         new = {spec.run_id: spec for spec in specs}
         check(list(new.values()), self.corpus, self.max_epochs)
+        if self.merges is None and any(isinstance(spec, MergeSpec) for spec in specs):
+            raise SpecError("The sweep has merged candidates; give run_sweep `merges`.")
         self.asked |= new
         # Reading the records, not only listing them, finds damaged ones: those runs are redone.
         ended = {record.run_id: record.status for record in self.store.records()}
@@ -187,9 +198,16 @@ class _Sweep:
             self._announce(runs)
         return packs
 
+    def _work_tokens(self, spec: Spec) -> int:
+        """Return what a spec costs in tokens of training: a forward pass is a third of a step."""
+        if isinstance(spec, TrainSpec):
+            return spec.tokens
+        return len(self.corpus.targets) * spec.evaluation.sequences * spec.model.context // 3
+
     def _announce(self, missing: Iterable[str]) -> None:
         """Write what is asked for, and how much of it was done before."""
-        tokens = {spec.run_id: spec.tokens for spec in with_ancestors(list(self.asked.values()))}
+        every = with_ancestors(list(self.asked.values()))
+        tokens = {spec.run_id: self._work_tokens(spec) for spec in every}
         known = self.store.facts(f"sweeps/{self.sweep_id}.json") if self.sweep_id else None
         if known is None:
             ids = ",".join(sorted(tokens))
@@ -199,15 +217,17 @@ class _Sweep:
         self.store.write_json(f"sweeps/{self.sweep_id}.json", {**known, "tokens": tokens})
 
 
-def _train(
+def _work(
     sweep: _Sweep, packs: list[Pack], train_pack: TrainPack, more: Callable[[], list[Pack]]
 ) -> None:
     store, placement = sweep.store, sweep.placement
     connect(placement)
     watcher = Watcher(store, sweep.sweep_id)
     watcher.start()
+    url = absolute(store.url)
+    shelf = sweep.merges and ray.remote(num_cpus=0)(Shelf).remote(url, sweep.merges)
     surroundings = Surroundings(
-        absolute(store.url), absolute(sweep.corpus.url), train_pack, git_commit()
+        url, absolute(sweep.corpus.url), train_pack, sweep.merges, shelf, git_commit()
     )
     trainable = tune.with_resources(
         tune.with_parameters(PackTrial, surroundings=surroundings),
