@@ -8,11 +8,11 @@ the mixture .5 general + .5 a, and not a.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,19 +29,15 @@ DECIMALS = 9  # of weights
 OUTSIDE_TOLERANCE = 1e-4  # L1 distance of a mixture from the experts' hull that rounding explains
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Experts:
     """Experts that are merged together: states of runs of one model on one corpus.
 
     Attributes:
         members: A state each; order is the order of merge weights.
-        base: The state that all of them branch from, or None.
-        expert_set_id: Hash of the members' checkpoints, which are hashes of what decides them.
     """
 
     members: tuple[Parent, ...]
-    base: Parent | None = field(init=False, compare=False, repr=False)
-    expert_set_id: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require(
@@ -64,21 +60,31 @@ class Experts:
                     theirs,
                     f"that of expert {first.run_id} ({getattr(first, name)!r})",
                 )
-        same = all(member.spec.parent == first.parent for member in self.members)
-        object.__setattr__(self, "base", first.parent if same else None)
-        object.__setattr__(self, "expert_set_id", _digest(names))
 
     @classmethod
     def of(cls, specs: Sequence[TrainSpec]) -> Experts:
         """Return the experts that these runs end as."""
         return cls(tuple(Parent(spec, spec.steps) for spec in specs))
 
-    @property
+    # Thousands of candidates ask for these.
+
+    @cached_property
+    def base(self) -> Parent | None:
+        """The state that all members branch from, or None."""
+        first = self.members[0].spec.parent
+        return first if all(member.spec.parent == first for member in self.members) else None
+
+    @cached_property
+    def expert_set_id(self) -> str:
+        """Hash of the members' checkpoints, which are hashes of what decides them."""
+        return _digest([member.checkpoint for member in self.members])
+
+    @cached_property
     def domains(self) -> tuple[str, ...]:
         """All domains that an expert's own schedule reads, sorted."""
         return tuple(sorted({d for m in self.members for d in m.spec.schedule.average()}))
 
-    @property
+    @cached_property
     def mixtures_KD(self) -> np.ndarray:
         """The component matrix: each expert's own mixture over `domains`; its trunk is left out."""
         domains = self.domains
@@ -129,8 +135,9 @@ class Experts:
             evaluation=evaluation or usual,
         )
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return plain JSON data."""
+    @cached_property
+    def json(self) -> list[dict[str, Any]]:
+        """Plain JSON data; not to be changed."""
         return [{"spec": m.spec.to_json(), "steps": m.steps} for m in self.members]
 
 
@@ -265,7 +272,7 @@ class MergeSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data from which `from_json` makes an equal spec."""
-        return {**self._own_json(), "experts": self.experts.to_json()}
+        return {**self._own_json(), "experts": self.experts.json}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> MergeSpec:
@@ -300,13 +307,15 @@ def spec_from_json(data: dict[str, Any]) -> Spec:
         SpecError: It is of an unknown kind, or its class refuses it.
     """
     kinds = {"train": TrainSpec, "merge": MergeSpec}
-    kind = data.get("kind") if isinstance(data, dict) else data
-    if kind not in kinds:
+    if not isinstance(data, dict):
+        raise SpecError(f"Spec cannot be read: it is {data!r:.40}, not an object.")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
         raise SpecError(f"Spec has kind {kind!r}; expected one of {', '.join(kinds)}.")
     return kinds[kind].from_json(data)
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _experts(text: str) -> Experts:
     # Thousands of candidates share an expert set: it is read once.
     members = json.loads(text)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from rayx.merging import Spec
 from rayx.mixture import Mixture, Phase, Schedule
 from rayx.record import CurvePoint, Failure, Loss, Record
 from rayx.spec import Evaluation, ModelShape, Optimizer, TrainSpec
@@ -26,7 +27,7 @@ def two_phases() -> Schedule:
     return Schedule((Phase(Mixture({"web": 1}), 8_192), Phase(Mixture({"math": 1}), 8_192)))
 
 
-def record(spec: TrainSpec = SPEC, loss: float = 2.0, failed: bool = False) -> Record:
+def record(spec: Spec = SPEC, loss: float = 2.0, failed: bool = False) -> Record:
     """A finished run of `spec`, or a failed one."""
     curve = tuple(
         CurvePoint(step, step * 512, {"web": Loss(loss + extra, loss / 2 + extra, 0.01)})
@@ -35,9 +36,9 @@ def record(spec: TrainSpec = SPEC, loss: float = 2.0, failed: bool = False) -> R
     return Record(
         spec=spec,
         curve=() if failed else curve,
-        epochs={d: 2 * w for d, w in spec.schedule.average().items()},
+        epochs={d: 2 * w for d, w in spec.mixture.items()},
         tokens=spec.tokens,
-        flops=spec.flops,
+        flops=getattr(spec, "flops", 1e6),  # of a merged candidate: its evaluation
         seconds=1.5,
         pack_id="pack0",
         pack_runs=4,

@@ -43,6 +43,7 @@ CHANGES: dict[str, Any] = {  # every field, and a valid value other than that of
     "data_seed": 1,
     "evaluation.points": 3,
     "evaluation.sequences": 9,
+    "evaluation.part": "first",
     "precision": Precision.BFLOAT16,
     "parent": Parent(train_spec(1, 1), 16),
 }

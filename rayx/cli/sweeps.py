@@ -48,6 +48,10 @@ def run(
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Wait for nodes that an autoscaler brings.")
     ] = False,
+    keep_checkpoints: Annotated[
+        bool,
+        typer.Option("--keep-checkpoints", help="Keep trunks and experts, e.g. for `rayx merge`."),
+    ] = False,
 ) -> None:
     """Run an experiment's sweep: what has no record yet, then its analysis.
 
@@ -121,7 +125,8 @@ def run(
                 typer.echo(f"verdict: {conclusion.verification['verdict']}")
             for what, place in conclusion.files.items():
                 typer.echo(f"{what}: {place}")
-    drop_checkpoints(asked, opened)
+    if not keep_checkpoints:
+        drop_checkpoints(asked, opened)
     failed = [run_id for run_id, status in statuses.items() if status == "failed"]
     if failed:
         typer.echo(
