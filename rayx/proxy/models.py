@@ -1,0 +1,209 @@
+"""Models that lie on disk, of either kind, alone or merged, evaluated on a corpus' targets.
+
+A model is a checkpoint of rayx (.safetensors) or a folder of a Hugging Face causal language model.
+Merged candidates are rows of a weight matrix over experts of one kind; no merged model is written.
+
+Legend: C candidates, K experts, (...) a tensor's shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayx.corpus import Corpus
+from rayx.errors import ModelError, SpecError
+from rayx.merge_operator import Operator
+from rayx.proxy.evaluate import HeldOut, evaluate, held_out
+from rayx.proxy.merge.compatible import check_compatible
+from rayx.proxy.merge.model_files import ModelFiles
+from rayx.proxy.merge.operators import merge_tensor
+from rayx.proxy.model import Rotary, parameter_shapes
+from rayx.record import Loss
+from rayx.spec import Evaluation, ModelShape
+
+HELD_BYTES = 1 << 30  # of a model that is kept in memory
+CANDIDATE_BYTES = 1 << 28  # of merged parameters at a time
+MOST_CANDIDATES = 16  # at a time, so that results come often
+EVALUATION_SEQUENCES = 32  # of a batch
+
+
+class Model(Protocol):
+    """A model that can be evaluated with its own tensors, or with others in their place."""
+
+    name: str
+    files: ModelFiles
+    usual_context: int  # tokens of a sequence, where nobody asks for another number
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stored, read when it is asked for."""
+        ...
+
+    def prepare(self, corpus: Corpus, context: int, evaluation: Evaluation) -> None:
+        """Set the text to be evaluated on, sequences of `context` tokens of the corpus."""
+        ...
+
+    def losses(self, candidates: Mapping[str, Tensor] | None = None) -> list[dict[str, Loss]]:
+        """Return target -> loss of each candidate, tensors of shape (C, ...), or of itself."""
+        ...
+
+
+def open_model(path: str, device: str = "cpu") -> Model:
+    """Open a checkpoint of rayx or a folder of a Hugging Face model; no weights are read yet.
+
+    Raises:
+        ModelError: There is nothing there, or it is neither; the message says what is missing.
+    """
+    place = Path(path).expanduser()
+    if place.suffix == ".safetensors" and place.is_file():
+        return RayxModel(path, device)
+    if place.is_dir():
+        from rayx.proxy.huggingface import HuggingFaceModel
+
+        return HuggingFaceModel(path, device)
+    raise ModelError(
+        f"{path!r} is neither a folder of a Hugging Face model nor a checkpoint of rayx "
+        "(.safetensors)."
+    )
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A model's tensors by name, as stored; small models stay in memory once they are read."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files = files
+        self._held: dict[str, Tensor] | None = {} if files.nbytes <= HELD_BYTES else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._held is not None and name in self._held:
+            return self._held[name]
+        entry = self._files.tensors[name]
+        tensor = entry.read(0, entry.numel).view(entry.shape)
+        if self._held is not None:
+            self._held[name] = tensor
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files.tensors)
+
+    def __len__(self) -> int:
+        return len(self._files.tensors)
+
+
+class RayxModel:
+    """A proxy's checkpoint.
+
+    It is evaluated in float32, so a run whose precision was float32 has the losses of its record.
+
+    Args:
+        file: A checkpoint as `rayx run` keeps them.
+        device: A torch device.
+
+    Raises:
+        ModelError: The file is damaged, or holds no proxy.
+    """
+
+    def __init__(self, file: str, device: str = "cpu") -> None:
+        self.name = file
+        self.device = torch.device(device)
+        self.files = ModelFiles.open(Path(file).expanduser(), Path(file).stem)
+        try:
+            self.shape = ModelShape(**json.loads(self.files.metadata["model"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{file}: it does not say the shape of its model ({error!r}), so it is no "
+                "checkpoint of this rayx. Run the sweep again, or give a Hugging Face folder."
+            ) from error
+        shapes = parameter_shapes(self.shape)
+        found = {name: entry.shape for name, entry in self.files.tensors.items()}
+        if found != shapes:
+            wrong = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
+            raise ModelError(f"{file}: tensor {wrong!r} is not as its shape says; it is damaged.")
+        self.tensors: Mapping[str, Tensor] = StoredTensors(self.files)
+        self.usual_context = self.shape.context
+        self._targets: dict[str, HeldOut] = {}
+
+    def prepare(self, corpus: Corpus, context: int, evaluation: Evaluation) -> None:
+        """Set the text to be evaluated on.
+
+        Raises:
+            CorpusError: A target's held-out text is shorter than one sequence.
+            SpecError: The context is longer than the model's, or the vocabularies differ.
+        """
+        if context > self.shape.context:
+            raise SpecError(
+                f"{self.name}: its context is {self.shape.context} tokens; {context} were asked "
+                f"for. Give a context of at most {self.shape.context}."
+            )
+        if corpus.vocab_size != self.shape.vocab_size:
+            raise SpecError(
+                f"{self.name}: its vocabulary is {self.shape.vocab_size} and that of corpus "
+                f"{corpus.url} is {corpus.vocab_size}. Give the corpus that it was trained on."
+            )
+        self._targets = held_out(corpus, context, evaluation, self.device)
+
+    def losses(self, candidates: Mapping[str, Tensor] | None = None) -> list[dict[str, Loss]]:
+        """Return target -> loss of each candidate, or of the model itself."""
+        stacks = candidates or {name: tensor[None] for name, tensor in self.tensors.items()}
+        rotary = Rotary(self.shape, self.device)
+        results = []
+        for c in range(len(next(iter(stacks.values())))):
+            # In turn: on a CPU a batch of candidates is no faster.
+            one = {name: stack[c : c + 1].to(self.device) for name, stack in stacks.items()}
+            results += evaluate(one, self.shape, rotary, self._targets, EVALUATION_SEQUENCES)
+        return results
+
+
+class MergedModels:
+    """Experts and an operator: losses of merged candidates, none of which is written.
+
+    Tensors are read from the experts' files as they are merged, so memory holds the candidates of
+    one call and K copies of one tensor.
+
+    Args:
+        experts: K prepared models of one architecture; the first one's text is used.
+        operator: How they are merged.
+        base: Read by operators on task vectors only.
+
+    Raises:
+        SpecError: The operator needs a base.
+        ModelError: Models differ in architecture, tokenizer, tensors or shapes; both are named.
+
+    Attributes:
+        warnings: Differences that a merge can bear, in words.
+    """
+
+    def __init__(self, experts: Sequence[Model], operator: Operator, base: Model | None) -> None:
+        if operator.needs_base and base is None:
+            raise SpecError(f"Operator {operator.name} needs --base, the model all start from.")
+        self.experts, self.operator = list(experts), operator
+        self.base = base if operator.needs_base else None
+        first = self.experts[0]
+        others = [*self.experts[1:], *([self.base] if self.base else [])]
+        self.warnings = check_compatible(first.files, [other.files for other in others])
+        for other in others:  # heads do not show in the tensors' shapes
+            mine, theirs = (getattr(m, "shape", None) for m in (first, other))
+            if mine != theirs:
+                raise ModelError(f"{other.name} is a {theirs}, and {first.name} a {mine}.")
+
+    @property
+    def together(self) -> int:
+        """Candidates that one call should ask for: as many as take CANDIDATE_BYTES."""
+        return max(1, min(MOST_CANDIDATES, CANDIDATE_BYTES // self.experts[0].files.nbytes))
+
+    def losses(self, weights_CK: np.ndarray) -> list[dict[str, Loss]]:
+        """Return target -> loss of each row of weights, see `Operator.check_weights`."""
+        weights = torch.from_numpy(np.asarray(weights_CK, np.float64))
+        merged = {}
+        for name in self.experts[0].tensors:
+            experts_K = torch.stack([expert.tensors[name] for expert in self.experts])
+            base = self.base.tensors[name] if self.base else None
+            merged[name] = merge_tensor(self.operator, experts_K, weights, base, name)
+        return self.experts[0].losses(merged)
