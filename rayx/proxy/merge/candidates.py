@@ -138,6 +138,7 @@ def merged_losses(
     *,
     precision: Precision = Precision.FLOAT32,
     device: torch.device | str = "cpu",
+    together: int | None = None,
 ) -> Iterator[dict[str, Loss]]:
     """Yield the losses of each merged candidate, in order.
 
@@ -148,14 +149,16 @@ def merged_losses(
         targets: Target -> held-out sequences, on `device`.
         precision: Of matrix products.
         device: Where to merge and evaluate.
+        together: Candidates that are evaluated as one batch of models. By default one on a CPU,
+            where more are no faster and one gives the same bits in whatever company a sweep that is
+            run again evaluates it; on a GPU what GPU_BYTES hold.
     """
     place = torch.device(device)
     stacked = {n: _tensor(a).to(place) for n, a in experts.experts.items()}
     base = {n: _tensor(a).to(place) for n, a in (experts.base or {}).items()}
     rotary = Rotary(shape, place)
-    # On a CPU batches of candidates are no faster than candidates in turn, which give the same
-    # bits in whatever company a sweep that is run again evaluates them.
-    together = 1 if place.type == "cpu" else max(1, GPU_BYTES // (4 * shape.params))
+    if together is None:
+        together = 1 if place.type == "cpu" else max(1, GPU_BYTES // (4 * shape.params))
     for operator, group in itertools.groupby(candidates, key=lambda c: c[0]):
         weights = [weights for _, weights in group]
         for start in range(0, len(weights), together):
