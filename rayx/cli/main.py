@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from rayx.cli import choosing, corpora, decisions, laws, splits, sweeps
+from rayx.cli import choosing, corpora, decisions, laws, merging, splits, sweeps
 from rayx.errors import RayxError
 
 
@@ -26,6 +26,7 @@ def command_tree() -> typer.Typer:
         app.command()(command)
     app.command()(laws.law)
     app.command()(splits.split)
+    app.command()(merging.merge)
     for command in (decisions.fit, choosing.choose, decisions.plan, decisions.report):
         app.command()(command)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)
