@@ -131,7 +131,7 @@ def test_branches_leave_the_end_of_one_trunk_and_keep_its_seeds():
 def test_weights_are_mapped_back_through_the_experts_mixtures(seed, share):
     proxies = merge_proxy()
     mixture = proxies.hull_mixtures(1, share, seed)[0]
-    standin = proxies.standin(mixture, share)
+    (standin,) = proxies.standins([mixture], share)
     general_K = proxies.general.to_array(TARGETS)
     expected_K = (mixture.to_array(TARGETS) - share * general_K) / (1 - share)
     assert standin.weights == pytest.approx(expected_K, abs=1e-5)
@@ -146,8 +146,8 @@ def test_a_mixture_outside_the_hull_has_no_standin():
     proxies = merge_proxy()
     little_code = Mixture({"code": 0.1, "law": 0.5, "news": 0.4})
     with pytest.raises(SpecError, match="outside"):
-        proxies.standin(little_code, 0.5)  # general text is half code: at least a quarter
-    assert proxies.standin(little_code, 0.0).weights == pytest.approx((0.1, 0.5, 0.4))
+        proxies.standins([little_code], 0.5)  # general text is half code: at least a quarter
+    assert proxies.standins([little_code], 0.0)[0].weights == pytest.approx((0.1, 0.5, 0.4))
 
 
 def test_a_general_domain_without_an_expert_is_fixed():
@@ -158,14 +158,14 @@ def test_a_general_domain_without_an_expert_is_fixed():
     assert hull.caps_K == pytest.approx([1.0, 1.0, 0.125])
     for mixture in proxies.hull_mixtures(5, 0.5, 0):
         assert mixture["news"] == pytest.approx(0.125)
-        assert isinstance(proxies.standin(mixture, 0.5), MergeSpec)
+        assert isinstance(proxies.standins([mixture], 0.5)[0], MergeSpec)
 
 
 def test_study_compares_records_and_refuses_another_order(store):
     proxies = merge_proxy()
     mixtures = proxies.hull_mixtures(6, 0.5, 0)
     references = [proxies.branch(mixture) for mixture in mixtures]
-    standins = [proxies.standin(mixture, 0.5) for mixture in mixtures]
+    standins = proxies.standins(mixtures, 0.5)
     rng = np.random.default_rng(0)
     trained_RT, standin_RT = rng.uniform(1, 2, (2, 6, 3))
     with pytest.raises(StoreError, match="no record"):
@@ -189,7 +189,7 @@ def test_study_compares_records_and_refuses_another_order(store):
 def test_merges_cost_their_experts_once_and_an_evaluation_each(store):
     proxies = merge_proxy()
     mixtures = proxies.hull_mixtures(10, 0.5, 0)
-    standins = [proxies.standin(mixture, 0.5) for mixture in mixtures]
+    standins = proxies.standins(mixtures, 0.5)
     for standin in standins:
         store.put(planted_record(standin, np.ones(3)))
     evaluation = EVALUATION_FLOPS / (6 * proxies.template.model.matmul_params)

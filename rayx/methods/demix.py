@@ -92,8 +92,7 @@ class DeMix:
         """Return what stands for these mixtures: merges, or branches if candidates are trained."""
         if self.trained_tokens is not None:
             return [self.proxies.branch(mixture, self.trained_tokens) for mixture in mixtures]
-        experts = self.proxies.experts(self.general_share, self.expert_tokens)
-        return [experts.merge(experts.weights_for(mixture)) for mixture in mixtures]
+        return [*self.proxies.standins(mixtures, self.general_share, self.expert_tokens)]
 
     def specs(self) -> list[Spec]:
         """Return the first round."""

@@ -201,16 +201,16 @@ class MergeProxy:
         own = [self.component(Mixture({d: 1}), general_share) for d in self.domains]
         return Experts.of([self.branch(mixture, tokens) for mixture in own])
 
-    def standin(
-        self, mixture: Mixture, general_share: float, tokens: int | None = None
-    ) -> MergeSpec:
-        """Return the merge that stands for the branch on `mixture`.
+    def standins(
+        self, mixtures: Sequence[Mixture], general_share: float, tokens: int | None = None
+    ) -> list[MergeSpec]:
+        """Return the merges that stand for the branches on these mixtures.
 
         Raises:
-            SpecError: The experts cannot express it: a domain has less than its general part.
+            SpecError: The experts cannot express one: a domain has less than its general part.
         """
         experts = self.experts(general_share, tokens)
-        return experts.merge(experts.weights_for(mixture))
+        return [experts.merge(experts.weights_for(mixture)) for mixture in mixtures]
 
     def hull(self, general_share: float) -> Constraints:
         """Return the mixtures that merges of these experts can stand for.
