@@ -25,7 +25,7 @@ from rayx.errors import SpecError
 from rayx.merging import MergeSpec, Operator
 from rayx.proxy.checkpoint import read_checkpoint
 from rayx.proxy.evaluate import HeldOut, evaluate, held_out
-from rayx.proxy.merge.operators import merge_tensor
+from rayx.proxy.merge.operators import prepare_tensor
 from rayx.proxy.model import Rotary
 from rayx.proxy.train import device_name, implausible, versions
 from rayx.record import CurvePoint, Failure, Loss, Record
@@ -161,12 +161,13 @@ def merged_losses(
         together = 1 if place.type == "cpu" else max(1, GPU_BYTES // (4 * shape.params))
     for operator, group in itertools.groupby(candidates, key=lambda c: c[0]):
         weights = [weights for _, weights in group]
+        prepared = {
+            name: prepare_tensor(operator, experts_K, base.get(name), name)
+            for name, experts_K in stacked.items()
+        }
         for start in range(0, len(weights), together):
             weights_CK = torch.tensor(weights[start : start + together], device=place)
-            parameters = {
-                name: merge_tensor(operator, experts_K, weights_CK, base.get(name), name)
-                for name, experts_K in stacked.items()
-            }
+            parameters = {name: merged(weights_CK) for name, merged in prepared.items()}
             with torch.autocast(
                 place.type, torch.bfloat16, enabled=precision is Precision.BFLOAT16
             ):
