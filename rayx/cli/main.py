@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from rayx.cli import choosing, corpora, decisions, laws, merging, splits, sweeps
+from rayx.cli import choosing, corpora, decisions, evaluating, laws, merging, splits, sweeps
 from rayx.errors import RayxError
 
 
@@ -27,6 +27,7 @@ def command_tree() -> typer.Typer:
     app.command()(laws.law)
     app.command()(splits.split)
     app.command()(merging.merge)
+    app.command()(evaluating.evaluate)
     for command in (decisions.fit, choosing.choose, decisions.plan, decisions.report):
         app.command()(command)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)

@@ -59,8 +59,14 @@ def open_model(path: str, device: str = "cpu") -> Model:
     """Open a checkpoint of rayx or a folder of a Hugging Face model; no weights are read yet.
 
     Raises:
+        SpecError: There is no such device.
         ModelError: There is nothing there, or it is neither; the message says what is missing.
     """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise SpecError(f"Device {device!r} cannot be used here ({reason}). Give cpu.") from error
     place = Path(path).expanduser()
     if place.suffix == ".safetensors" and place.is_file():
         return RayxModel(path, device)
