@@ -144,7 +144,7 @@ def test_merged_checkpoints_of_rayx_are_evaluated_the_same_way(cli, trained, tin
 
 
 def test_a_killed_run_is_taken_up_where_it_was(cli, folders, tiny_corpus, monkeypatch):
-    frame = write_weights("w.csv", rows=9)
+    write_weights("w.csv", rows=9)
     given = ("--weights", "w.csv", "--corpus", tiny_corpus.url, *FEW)
     assert cli("evaluate", *named(folders), *given, "--out", "whole.csv")[0] == 0
     whole = Path("whole.csv").read_text()
@@ -152,12 +152,11 @@ def test_a_killed_run_is_taken_up_where_it_was(cli, folders, tiny_corpus, monkey
     plain = MergedModels.losses
 
     def killed(self, weights_CK):
-        if len(evaluated) == 2:
+        if len(evaluated) == 4:
             raise KeyboardInterrupt
         evaluated.append(len(weights_CK))
         return plain(self, weights_CK)
 
-    monkeypatch.setattr("rayx.proxy.models.MOST_CANDIDATES", 2)
     monkeypatch.setattr(MergedModels, "losses", killed)
     assert cli("evaluate", *named(folders), *given, "--out", "l.csv")[0] != 0
     lines = Path("l.csv").read_text().splitlines()
@@ -171,9 +170,7 @@ def test_a_killed_run_is_taken_up_where_it_was(cli, folders, tiny_corpus, monkey
     code, out, err = cli("evaluate", *named(folders), *given, "--out", "l.csv")
     assert code == 0 and "5 evaluated, 4 taken from l.csv" in out, err
     assert sum(evaluated) == 5
-    found, expected = (pd.read_csv(f, index_col="id") for f in ("l.csv", "whole.csv"))
-    assert found.index.tolist() == frame["id"].tolist()
-    assert np.allclose(found, expected, rtol=1e-6)
+    assert Path("l.csv").read_text() == whole
     evaluated.clear()
     assert cli("evaluate", *named(folders), *given, "--out", "whole.csv")[0] == 0
     assert not evaluated and Path("whole.csv").read_text() == whole

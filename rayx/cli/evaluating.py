@@ -60,7 +60,7 @@ def evaluate(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of the corpus a sequence. [default: the models' least, up to 1024]"
+            min=1, help="Tokens of the corpus a sequence. [default: what all models can take]"
         ),
     ] = None,
     part: Annotated[

@@ -38,7 +38,7 @@ from rayx.units import bits_per_byte
 
 LOGITS = 1 << 26  # of one forward pass, so that a large vocabulary does not fill the memory
 PROBE_TOKENS = 8
-USUAL_CONTEXT = 1024  # where a model has more positions and nobody says
+USUAL_CONTEXT = 1024  # where a model has positions enough and nobody says
 
 
 class HuggingFaceModel:
@@ -69,7 +69,8 @@ class HuggingFaceModel:
         self.vocab_size: int = rows or needed
         # Of its own tokens; None where positions are unbounded.
         self.context: int | None = getattr(text, "max_position_embeddings", None)
-        self.usual_context = min(self.context or USUAL_CONTEXT, USUAL_CONTEXT)
+        # Half, for a tokenizer may need twice the corpus' tokens for the same text.
+        self.usual_context = min((self.context or 2 * USUAL_CONTEXT) // 2, USUAL_CONTEXT)
         self.tensors: Mapping[str, Tensor] = StoredTensors(self.files)
         self._path = path
         self._texts: dict[str, tuple[Passages, float]] = {}

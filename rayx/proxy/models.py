@@ -9,7 +9,7 @@ Legend: C candidates, K experts, (...) a tensor's shape.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +23,13 @@ from rayx.merge_operator import Operator
 from rayx.proxy.evaluate import HeldOut, evaluate, held_out
 from rayx.proxy.merge.compatible import check_compatible
 from rayx.proxy.merge.model_files import ModelFiles
-from rayx.proxy.merge.operators import merge_tensor
+from rayx.proxy.merge.operators import prepare_tensor
 from rayx.proxy.model import Rotary, parameter_shapes
 from rayx.record import Loss
 from rayx.spec import Evaluation, ModelShape
 
-HELD_BYTES = 1 << 30  # of a model that is kept in memory
-CANDIDATE_BYTES = 1 << 28  # of merged parameters at a time
+HELD_BYTES = 1 << 31  # of experts that are kept in memory, in float32
+CANDIDATE_BYTES = 1 << 30  # of merged candidates at a time, where experts are not
 MOST_CANDIDATES = 16  # at a time, so that results come often
 EVALUATION_SEQUENCES = 32  # of a batch
 
@@ -38,6 +38,7 @@ class Model(Protocol):
     """A model that can be evaluated with its own tensors, or with others in their place."""
 
     name: str
+    device: torch.device
     files: ModelFiles
     usual_context: int  # tokens of a sequence, where nobody asks for another number
 
@@ -81,20 +82,14 @@ def open_model(path: str, device: str = "cpu") -> Model:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """A model's tensors by name, as stored; small models stay in memory once they are read."""
+    """A model's tensors by name, each read from its file when it is asked for."""
 
     def __init__(self, files: ModelFiles) -> None:
         self._files = files
-        self._held: dict[str, Tensor] | None = {} if files.nbytes <= HELD_BYTES else None
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._held is not None and name in self._held:
-            return self._held[name]
         entry = self._files.tensors[name]
-        tensor = entry.read(0, entry.numel).view(entry.shape)
-        if self._held is not None:
-            self._held[name] = tensor
-        return tensor
+        return entry.read(0, entry.numel).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files.tensors)
@@ -170,11 +165,11 @@ class RayxModel:
 class MergedModels:
     """Experts and an operator: losses of merged candidates, none of which is written.
 
-    Tensors are read from the experts' files as they are merged, so memory holds the candidates of
-    one call and K copies of one tensor.
+    Where the experts fit in HELD_BYTES they are read once. Else their files are read anew for each
+    call, tensor by tensor, and memory holds the call's candidates and the experts of one tensor.
 
     Args:
-        experts: K prepared models of one architecture; the first one's text is used.
+        experts: K models of one architecture; the first is the one that is prepared with a text.
         operator: How they are merged.
         base: Read by operators on task vectors only.
 
@@ -184,6 +179,7 @@ class MergedModels:
 
     Attributes:
         warnings: Differences that a merge can bear, in words.
+        together: Candidates that a call should ask for.
     """
 
     def __init__(self, experts: Sequence[Model], operator: Operator, base: Model | None) -> None:
@@ -198,18 +194,26 @@ class MergedModels:
             mine, theirs = (getattr(m, "shape", None) for m in (first, other))
             if mine != theirs:
                 raise ModelError(f"{other.name} is a {theirs}, and {first.name} a {mine}.")
-
-    @property
-    def together(self) -> int:
-        """Candidates that one call should ask for: as many as take CANDIDATE_BYTES."""
-        return max(1, min(MOST_CANDIDATES, CANDIDATE_BYTES // self.experts[0].files.nbytes))
+        self._holds = (len(others) + 1) * 4 * first.files.params <= HELD_BYTES
+        self._held: dict[str, Callable[[Tensor], Tensor]] = {}
+        # One at a time has the same bits in whatever company a run that is resumed evaluates it.
+        several = max(1, min(MOST_CANDIDATES, CANDIDATE_BYTES // first.files.nbytes))
+        self.together = 1 if self._holds else several
 
     def losses(self, weights_CK: np.ndarray) -> list[dict[str, Loss]]:
         """Return target -> loss of each row of weights, see `Operator.check_weights`."""
         weights = torch.from_numpy(np.asarray(weights_CK, np.float64))
-        merged = {}
-        for name in self.experts[0].tensors:
-            experts_K = torch.stack([expert.tensors[name] for expert in self.experts])
-            base = self.base.tensors[name] if self.base else None
-            merged[name] = merge_tensor(self.operator, experts_K, weights, base, name)
-        return self.experts[0].losses(merged)
+        first = self.experts[0]
+        return first.losses({name: self._merge(name)(weights) for name in first.tensors})
+
+    def _merge(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what merges one tensor."""
+        if name in self._held:
+            return self._held[name]
+        place = self.experts[0].device
+        experts_K = torch.stack([expert.tensors[name] for expert in self.experts]).to(place)
+        base = self.base.tensors[name].to(place) if self.base else None
+        merge = prepare_tensor(self.operator, experts_K, base, name)
+        if self._holds:
+            self._held[name] = merge
+        return merge
