@@ -50,6 +50,7 @@ SHARES = (0.0, 0.25, 0.5)  # of general text in the experts
 WIDEST = max(SHARES)  # the references lie in the hull of these experts, so all can express them
 FRACTIONS = (8, 4, 2)  # of a branch: how much shorter cheaper stand-ins are
 ROUNDS = (64, 32, 16)
+RANDOM = "random"  # search: the best of a few mixtures trained in full
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Parameters:
     branch_tokens: int = 200_000
     decay_share: float = 0.8  # of a branch
     lr: float = 8e-3
+    regressor: str = "auto"
     seed: int = 1  # 0 chose the settings
     seeds: int = 2
     verify_seeds: int = 3
@@ -163,6 +165,7 @@ def searches(p: Parameters, corpus: Corpus) -> dict[str, DeMix]:
         objective=dict.fromkeys(corpus.targets, 1.0),
         general_share=WIDEST,
         rounds=ROUNDS,
+        regressor=p.regressor,
         seed=p.seed,
     )
     # A forward pass costs a third of a training step.
@@ -171,7 +174,7 @@ def searches(p: Parameters, corpus: Corpus) -> dict[str, DeMix]:
     found = {"demix": demix}
     for fraction in (8, 4, 1):
         tokens = p.branch_tokens // fraction
-        found["random" if fraction == 1 else f"regmix_{fraction}"] = dataclasses.replace(
+        found[RANDOM if fraction == 1 else f"regmix_{fraction}"] = dataclasses.replace(
             demix, rounds=(round(cost / tokens),), trained_tokens=tokens
         )
     return found
@@ -181,6 +184,8 @@ def specs(p: Parameters, corpus: Corpus) -> list[Spec]:
     """Return references, stand-ins and the first rounds of the searches, each once."""
     asked = [s for one in all_standins(p, corpus) for s in (*one.references, *one.standins)]
     asked += [spec for search in searches(p, corpus).values() for spec in search.specs()]
+    # Their own losses are compared too.
+    asked += [member.spec for member in proxies(p, corpus, p.seed).experts(WIDEST).members]
     return list({spec.run_id: spec for spec in asked}.values())
 
 
@@ -191,7 +196,7 @@ def propose(p: Parameters, corpus: Corpus, store: Store) -> list[Spec]:
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return runs as costly as those of the verification."""
-    arms = (CHOICE, "uniform", "proportional", "regmix_8", "regmix_4", "random")
+    arms = (CHOICE, "uniform", "proportional", "regmix_8", "regmix_4", RANDOM)
     mixtures: dict[str, Mixture] = dict(zip(arms, reference_mixtures(p, corpus), strict=False))
     runs = searches(p, corpus)["demix"].follow_up(mixtures, verify_seeds(p))
     return [spec for specs in runs.values() for spec in specs]
@@ -249,7 +254,7 @@ def table(
     found = dataclasses.replace(found, **blank)  # shares are no losses, and average out to nothing
     rows.append(row("own share of the mixture", math.nan, 0, p.seed, 0.0, found))
     for name, search in searches(p, corpus).items():
-        if name == "random":
+        if name not in fits:  # random search predicts nothing
             continue
         fitted = fits[name]
         order = [fitted.table.targets.index(t) for t in targets]
@@ -291,7 +296,9 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclu
     Writes reports/merged_proxies.csv and .json, choices/, plans/ and verifications/ of that name.
     """
     name = "merged_proxies"
-    found = {key: search.decide(store) for key, search in searches(p, corpus).items()}
+    found = {
+        key: search.decide(store) for key, search in searches(p, corpus).items() if key != RANDOM
+    }
     rows = table(p, corpus, store, {key: fitted for key, (fitted, _) in found.items()})
     shown = rows.drop(columns=[c for c in rows.columns if c.startswith("spearman/")])
     log.info("stand-ins for trained mixtures:\n%s", shown.round(4).to_string(index=False))
@@ -300,7 +307,9 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclu
     arms = demix.arms(choice) | {
         key: Mixture(other.weights) for key, (_, other) in found.items() if key.startswith("regmix")
     }
-    arms["random"] = Mixture(found["random"][1].baselines["best_seen"].weights)
+    drawn = searches(p, corpus)[RANDOM].specs()
+    best = losses(store, drawn, corpus.targets).mean(1).argmin()
+    arms[RANDOM] = drawn[best].mixture
     runs = demix.follow_up(arms, verify_seeds(p))
     sweep([spec for specs in runs.values() for spec in specs])
     verification = compare(store, runs, choice.objective)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from scipy.stats import spearmanr
 import rayx
 from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
 from rayx.errors import SpecError, StoreError
+from rayx.experiment import load_experiment
 from rayx.merging import MergeSpec
 from rayx.methods.merge_proxy import MergeProxy, agreement, cost_tokens, losses, study
 from rayx.record import CurvePoint, Loss, Record
@@ -20,6 +24,7 @@ from rayx.spec import Parent
 
 TARGETS = ("code", "law", "news")
 EVALUATION_FLOPS = 6_000.0
+EXPERIMENT = Path(__file__).parent.parent / "experiments" / "merged_proxies.py"
 
 
 def merge_proxy(**changes) -> MergeProxy:
@@ -205,3 +210,57 @@ def test_merges_cost_their_experts_once_and_an_evaluation_each(store):
 def test_general_share_of_one_leaves_nothing_to_learn():
     with pytest.raises(SpecError, match=r"\[0, 1\)"):
         merge_proxy().experts(1.0)
+
+
+def planted_bpb(mixture: Mixture, tokens: int) -> np.ndarray:
+    """Each target learns from its own domain and a little from the others, over time."""
+    own_T = np.array([mixture.get(t, 0.0) for t in TARGETS])
+    return 1.0 + 1.0 / (0.5 + 2.0 * (own_T + 0.01) ** 0.5) + 30.0 / tokens**0.5
+
+
+def test_the_experiment_says_what_merges_are_worth_on_planted_losses(
+    store, tiny_corpus, monkeypatch
+):
+    """Merges here are exact, trained proxies noisy: the table must say so, row by row."""
+    module = load_experiment(EXPERIMENT)
+    p = module.Parameters(
+        references=8,
+        far_references=6,
+        trunk_tokens=102_400,
+        branch_tokens=49_152,
+        regressor="scheffe",
+    )
+
+    def sweep(specs):
+        for spec in {spec.run_id: spec for spec in specs}.values():
+            rng = np.random.default_rng(int(spec.run_id, 16))
+            noise = 0.0 if isinstance(spec, MergeSpec) or spec.tokens == 49_152 else 0.02
+            bpb_T = planted_bpb(spec.mixture, spec.tokens) + noise * rng.standard_normal(3)
+            store.put(planted_record(spec, bpb_T))
+
+    monkeypatch.setattr(module, "ROUNDS", (16, 8))
+    specs = module.specs(p, tiny_corpus)
+    assert len({spec.run_id for spec in specs}) == len(specs)
+    sweep(specs)
+    sweep(module.propose(p, tiny_corpus, store))
+    conclusion = module.analyse(p, tiny_corpus, store, sweep)
+
+    rows = pd.read_csv(io.BytesIO(store.read_bytes("reports/merged_proxies.csv")))
+    merged = rows.query("kind == 'merged'")
+    assert len(merged) == 3 * (1 + 3) + 3  # shares x lengths, and the second seed's
+    assert merged["macro"].tolist() == pytest.approx([1.0] * len(merged))
+    assert rows.loc[rows["kind"] == "own share of the mixture", "macro"].item() == pytest.approx(1)
+    trained = rows[rows["kind"] == "trained"]
+    assert trained["cost_tokens"].tolist() == [8 * 49_152 // f for f in (8, 4, 2)]
+    assert trained["macro"].max() < 1
+    anywhere = rows[rows["kind"] == "merged, anywhere"]
+    assert anywhere["mixtures"].item() == 6 and anywhere["macro"].item() == pytest.approx(1.0)
+    costs = store.read_json("verifications/merged_proxies.json")["search_cost_tokens"]
+    assert costs["regmix_4"] == pytest.approx(costs["random"], rel=0.3)
+    verdict = conclusion.verification["verdict"]
+    assert "macro Spearman of 1.000" in verdict
+    assert set(conclusion.verification["arms"]) == {
+        "choice", "uniform", "proportional", "regmix_8", "regmix_4", "random"
+    }  # fmt: skip
+    dry = module.follow_up(p, tiny_corpus)
+    assert len(dry) == 6 * p.verify_seeds
