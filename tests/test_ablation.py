@@ -19,7 +19,7 @@ from rayx.errors import SpecError, StoreError
 from rayx.experiment import load_experiment
 from rayx.merging import MergeSpec
 from rayx.methods.ablation import APPROXIMATIONS, Ablation, macro_weights, micro_weights
-from rayx.methods.ablation_scores import POOLED, correlations, pearson
+from rayx.methods.ablation_scores import AVERAGE, POOLED, correlations, pearson, regrets
 from rayx.methods.merge_proxy import MergeProxy
 from rayx.mixture import Mixture
 from rayx.record import CurvePoint, Failure, Loss, Record
@@ -188,7 +188,7 @@ def test_correlations_are_those_of_the_planted_world(store):
     method = ablation()
     fill(store, method)
     table = method.table(store, method.subsets())
-    found = correlations(table).set_index(["truth", "side", "target", "approximation"])
+    found = correlations(table).set_index(["truth", "side", "target", "approximation"]).sort_index()
     # Inside, a target's loss depends on the subset's size alone: micro is exactly what is trained.
     inside = found.loc[("fixed", "inside", "docs", "micro")]
     assert inside["subsets"] == 7
@@ -202,6 +202,24 @@ def test_correlations_are_those_of_the_planted_world(store):
     assert union == 0.0 or union < 0.0
     assert ("fixed", "outside", "wiki", "micro") in found.index
     assert found.loc[("fixed", "inside", POOLED, "micro"), "subsets"] == 4 * 7
+    everything = found.loc[("fixed", "any", AVERAGE)]
+    assert set(everything["subsets"]) == {11}
+    assert everything.loc["micro", "pearson"] == pytest.approx(1.0)
+    # Averaging the units' losses cannot see that a subset covers more targets.
+    assert abs(everything.loc["mean_of_units", "pearson"]) < 0.1
+
+
+def test_regret_is_that_of_the_subset_liked_best():
+    nats = {"code+docs": 1.0, "code+wiki": 1.5, "docs+wiki": 2.0}
+    rows = [
+        (seed, "fixed", name, 2, "code", "inside", np.exp(nats[name] + seed), good, bad)
+        for seed in (0, 1)
+        for name, good, bad in zip(nats, (3.0, 4.0, 5.0), (7.0, 6.0, 5.0 + 2 * seed), strict=True)
+    ]
+    names = ["seed", "truth", "subset", "size", "target", "side", "trained", "good", "bad"]
+    (row,) = regrets(pd.DataFrame(rows, columns=names), ["good", "bad"]).to_dict("records")
+    assert row == {"truth": "fixed", "side": "inside", "good": 0.0,
+                   "bad": pytest.approx((1.0 + 0.5) / 2), "random": pytest.approx(0.5)}  # fmt: skip
 
 
 def test_what_size_explains_is_told_from_the_rest():
@@ -223,7 +241,8 @@ def test_what_size_explains_is_told_from_the_rest():
     ]
     names = ["seed", "truth", "subset", "size", "target", "side", "trained", "of_size", "noise"]
     found = correlations(pd.DataFrame(rows, columns=names), ["of_size", "noise"])
-    found = found[found["target"] == "a"].set_index("approximation")
+    found = found[(found["target"] == "a") & (found["side"] == "inside")]
+    found = found.set_index("approximation")
     assert found.loc["of_size", "pearson"] > 0.6  # that size explains
     assert abs(found.loc["of_size", "pearson_same_size"]) < 0.4  # and nothing else
     assert found.loc["noise", "pearson_same_size"] > 0.99
@@ -265,9 +284,9 @@ CORPUS = SimpleNamespace(
 
 
 def test_the_experiment_on_planted_losses(store):
-    p = study.Parameters(seeds=2)
+    p = study.Parameters(seeds=2, subsets=20)
     specs = study.specs(p, CORPUS)
-    assert [s.run_id for s in specs] == [s.run_id for s in study.specs(p, CORPUS)]
+    assert specs == study.specs(p, CORPUS)  # a sweep that is interrupted asks for the same again
     assert len({s.run_id for s in specs}) == len(specs)
     for spec in specs:
         store.put(planted(spec, targets=(*CORPUS.domains, "readmes")))
@@ -281,13 +300,16 @@ def test_the_experiment_on_planted_losses(store):
     assert set(found["approximation"]) == {*APPROXIMATIONS, "other_seed"}
     micro = found[(found["approximation"] == "micro") & (found["truth"] == "fixed")]
     inside = micro[(micro["side"] == "inside") & (micro["target"] != POOLED)]
-    assert len(inside) == 2 * 6 and set(inside["subsets"]) == {31}
+    assert len(inside) == 2 * 6
+    assert inside["subsets"].sum() == 2 * sum(
+        len(s) for s in study.ablation(p, CORPUS, 0).subsets(20, 0)
+    )
     assert inside["pearson"].min() > 0.9999
     noise = found[(found["approximation"] == "other_seed") & (found["side"] == "inside")]
     assert noise["pearson"].min() > 0.9999  # planted losses do not depend on the seed
     assert set(found.loc[found["truth"] == "union", "seed"]) == {0}
     rows = pd.read_csv(f"{store.root}/reports/ablation.csv")
-    assert len(rows) == 57 * 7 * (2 + 1)
+    assert len(rows) == 20 * 7 * (2 + 1)
     assert (rows["trained"] / rows["micro"])[rows["truth"] == "fixed"].to_numpy() == pytest.approx(
         1.0, abs=1e-4
     )

@@ -6,11 +6,12 @@ and merged into the current model as a running average, so that old data are har
 running average is an average of all experts so far, with weights that its rates multiply out to:
 the current model after each arrival is a merged candidate like any other.
 
-Source: arXiv:2602.05787 (abstract: bags trained on sampled subsets and merged; new data with a
-    small sample of the history, merged into the current model).
-Differs: derived from the abstract alone: bags are samples of sequences (another data_seed), and
-    with `draws` also of domains; experts branch from the base, not from the current model; rates
-    are 1 / t; all runs of a comparison read equally many tokens, except where the arm says so.
+Source: derived from the abstract of BOOM, 2026, arXiv:2602.05787 (bags trained on sampled subsets
+    and merged; new data with a small sample of the history, merged into the current model).
+Differs: the body was not read. Bags are samples of sequences (another data_seed), with `draws` also
+    of domains; experts branch from the base, not from the current model; rates are 1 / t.
+
+Shapes: B bags, K domains.
 """
 
 from __future__ import annotations
