@@ -9,18 +9,21 @@
    weights (rayx's proxy is converted to a Llama), the same text and the same threads; their losses
    are compared. The ratio depends on how much text is evaluated, so there is one for each amount.
 2. Peak memory of `rayx merge` on models of more than 200M parameters with random weights, over the
-   bytes of one of them, for each operator. A process that merges a tiny model is the least.
+   bytes of one of them, for each operator; `imports_bytes` is what Python and torch take alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 
 from rayx import ModelShape
 from rayx.errors import SpecError
-from rayx.merging import Operator
+from rayx.merge_operator import OPERATORS, Operator
 from rayx.proxy.evaluate import HeldOut
 from rayx.proxy.merge.candidates import Stack, merged_losses
 from rayx.proxy.merge.tensor_files import TensorWriter
@@ -38,10 +41,8 @@ BIN = Path(sys.executable).parent
 SHAPE = ModelShape(layers=4, width=128, heads=4, ffn_width=384, vocab_size=1024, context=128)
 EXPERTS = 4
 VOCAB, WIDTH, FFN = 32_000, 768, 2048  # of the large models
-WITH_BASE = {
-    "task_arithmetic": [], "ties": ["--density", "0.2"], "dare": ["--density", "0.2"],
-    "dare_ties": ["--density", "0.2"], "pcb": ["--density", "0.2"],
-}  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 
 def save_as_llama(folder: Path, parameters: dict[str, torch.Tensor], shape: ModelShape) -> None:
@@ -83,29 +84,40 @@ def mergekit_config(folders: list[Path], weights: np.ndarray) -> dict:
 
 
 @torch.no_grad()
-def load_and_evaluate(folder: Path, tokens: torch.Tensor) -> tuple[float, float]:
-    """Return the mean loss of a Llama on disk in nats a token, and the seconds of loading it."""
-    from transformers import AutoModelForCausalLM
-
-    began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    loaded = time.perf_counter() - began
+def evaluate_llama(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Return the mean loss in nats a token."""
     total = 0.0
     for chunk in tokens.split(32):
         logits = model(input_ids=chunk[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum")
         total += float(loss)
-    return total / tokens[:, 1:].numel(), loaded
+    return total / tokens[:, 1:].numel()
 
 
-def measure_speed(sequences: list[int], ours: int, theirs: int) -> dict:
+def timed(call: Callable[[], Any]) -> tuple[Any, np.ndarray]:
+    """Return what a call returns, and its wall and CPU seconds, those of its processes included."""
+
+    def now() -> np.ndarray:
+        times = os.times()
+        return np.array([times.elapsed, sum(times[:4])])
+
+    began = now()
+    result = call()
+    return result, now() - began
+
+
+def measure_speed(sequences: list[int], ours: int, theirs: int, threads: int) -> dict:
     """Measure merged candidates per second, for each amount of text."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    set_verbosity_error()
+    torch.set_num_threads(threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
     rng = np.random.default_rng(0)
     start = initial_parameters(SHAPE, seed=0)
@@ -113,62 +125,56 @@ def measure_speed(sequences: list[int], ours: int, theirs: int) -> dict:
         {n: t + 0.02 * torch.randn_like(t) for n, t in start.items()} for _ in range(EXPERTS)
     ]
     stack = Stack({n: torch.stack([e[n] for e in experts]).numpy() for n in start}, None)
-    result: dict = {"params": SHAPE.params, "experts": EXPERTS, "threads": torch.get_num_threads()}
-    result["amounts"] = []
+    texts = [torch.from_numpy(rng.integers(0, 1024, (n, SHAPE.context + 1))) for n in sequences]
+    zero = np.zeros((2, len(texts)))  # wall and CPU, for each amount
+    spent = {name: zero.copy() for name in ("ours", "mergekit", "mergekit_command")}
+    worst = 0.0
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / f"expert{k}" for k in range(EXPERTS)]
         for folder, expert in zip(folders, experts, strict=True):
             save_as_llama(folder, expert, SHAPE)
-        for count in sequences:
-            tokens = torch.from_numpy(rng.integers(0, 1024, (count, SHAPE.context + 1)))
-            targets = {"text": HeldOut(tokens, 1.0)}
-            spent = dict.fromkeys(("ours", "in_process", "command"), 0.0)
-            parts = dict.fromkeys(("merge", "load"), 0.0)
-            worst = 0.0
-            for turn in range(-1, theirs):  # the first turn warms up and is not counted
-                weights_CK = rng.dirichlet(np.ones(EXPERTS), ours // theirs)
-                took = dict.fromkeys(spent, 0.0)
-                began = time.perf_counter()
-                candidates = [(Operator(), weights_K) for weights_K in weights_CK.tolist()]
-                losses = [
-                    row["text"].nats for row in merged_losses(SHAPE, candidates, stack, targets)
-                ]
-                took["ours"] = (time.perf_counter() - began) / len(candidates)
-                config = mergekit_config(folders, weights_CK[0])
-                file = Path(place) / "config.json"
-                file.write_text(json.dumps(config))  # JSON is YAML
-                out = Path(place) / f"in-process-{count}-{turn}"
-                began = time.perf_counter()
-                run_merge(MergeConfiguration.model_validate(config), str(out), options)
-                merged = time.perf_counter() - began
-                loss, loaded = load_and_evaluate(out, tokens)
-                took["in_process"] = time.perf_counter() - began
-                worst = max(worst, abs(loss - losses[0]))
-                out = Path(place) / f"command-{count}-{turn}"
-                began = time.perf_counter()
-                command = [BIN / "mergekit-yaml", file, out, "--quiet", "--no-copy-tokenizer"]
-                subprocess.run(command, check=True, capture_output=True)
-                loss, _ = load_and_evaluate(out, tokens)
-                took["command"] = time.perf_counter() - began
-                worst = max(worst, abs(loss - losses[0]))
-                if turn >= 0:
-                    spent = {n: s + took[n] / theirs for n, s in spent.items()}
-                    parts["merge"] += merged / theirs
-                    parts["load"] += loaded / theirs
-            result["amounts"].append(
-                {
-                    "sequences": count,
-                    "tokens": tokens[:, 1:].numel(),
-                    "ours_per_second": 1 / spent["ours"],
-                    "mergekit_per_second": 1 / spent["in_process"],
-                    "mergekit_command_per_second": 1 / spent["command"],
-                    "ratio": spent["in_process"] / spent["ours"],
-                    "ratio_command": spent["command"] / spent["ours"],
-                    "mergekit_merge_seconds": parts["merge"],
-                    "mergekit_load_seconds": parts["load"],
-                    "largest_difference_nats": worst,
-                }
+        candidates: list = []
+        for turn in range(-1, theirs):  # the first turn warms up and is not counted
+            weights_CK = rng.dirichlet(np.ones(EXPERTS), max(1, ours // theirs))
+            candidates = [(Operator(), weights_K) for weights_K in weights_CK.tolist()]
+            config = mergekit_config(folders, weights_CK[0])
+            file, out, other = (Path(place) / f"{turn}{end}" for end in (".yaml", "-a", "-b"))
+            file.write_text(json.dumps(config))  # JSON is YAML
+            parsed = MergeConfiguration.model_validate(config)
+            command = [BIN / "mergekit-yaml", file, other, "--quiet", "--no-copy-tokenizer"]
+            _, merge = timed(lambda: run_merge(parsed, str(out), options))  # noqa: B023
+            _, merge_command = timed(
+                lambda: subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: B023
             )
+            for number, tokens in enumerate(texts):
+                targets = {"text": HeldOut(tokens, 1.0)}
+                rows, took = timed(
+                    lambda: list(merged_losses(SHAPE, candidates, stack, targets))  # noqa: B023
+                )
+                loss, load_and_evaluate = timed(
+                    lambda: evaluate_llama(
+                        AutoModelForCausalLM.from_pretrained(out, local_files_only=True),  # noqa: B023
+                        tokens,  # noqa: B023
+                    )
+                )
+                worst = max(worst, abs(loss - rows[0]["text"].nats))
+                if turn >= 0:
+                    spent["ours"][:, number] += took / len(candidates) / theirs
+                    spent["mergekit"][:, number] += (merge + load_and_evaluate) / theirs
+                    spent["mergekit_command"][:, number] += (
+                        merge_command + load_and_evaluate
+                    ) / theirs
+    result: dict = {"params": SHAPE.params, "experts": EXPERTS, "threads": threads}
+    result |= {"candidates": len(candidates) * theirs, "mergekit_candidates": theirs}
+    result |= {"largest_difference_nats": worst, "amounts": []}
+    for number, tokens in enumerate(texts):
+        row: dict = {"tokens": tokens[:, 1:].numel()}
+        for clock, name in enumerate(("wall", "cpu")):
+            own = spent["ours"][clock, number]
+            row |= {f"{who}_per_{name}_second": 1 / s[clock, number] for who, s in spent.items()}
+            row[f"ratio_{name}"] = spent["mergekit"][clock, number] / own
+            row[f"ratio_command_{name}"] = spent["mergekit_command"][clock, number] / own
+        result["amounts"].append(row)
     return result
 
 
@@ -180,23 +186,20 @@ def write_large(file: Path, layers: int, dtype: str, seed: int) -> int:
         shapes |= square | {f"layers.{layer}.{n}": (FFN, WIDTH) for n in ("gate", "up", "down")}
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
     writer = TensorWriter(file, {n: (dtype, shape) for n, shape in shapes.items()}, {})
-    common, own = (torch.Generator().manual_seed(s) for s in (0, seed))
+    rng = np.random.default_rng(seed)
     for shape in shapes.values():
-        values = torch.randn(shape, generator=common)
-        if seed:
-            values += 0.1 * torch.randn(shape, generator=own)
-        writer.append(values.to(kind).flatten())
+        values = torch.from_numpy(rng.random(shape[0] * shape[1], np.float32))
+        writer.append((values - 0.5).to(kind))
     writer.close()
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def measure_memory(experts: int, layers: int, dtype: str) -> dict:
+def measure_memory(operators: list[str], experts: int, layers: int, dtype: str) -> dict:
     """Measure the peak memory of `rayx merge` over the bytes of one model, for each operator."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         params = [write_large(folder / f"{k}.safetensors", layers, dtype, k)
                   for k in range(experts + 1)][0]  # fmt: skip
-        write_large(folder / "tiny.safetensors", 0, dtype, 0)
         nbytes = (folder / "0.safetensors").stat().st_size
 
         def run(operator: str, names: list[int], extra: list[str]) -> dict:
@@ -229,11 +232,11 @@ def measure_memory(experts: int, layers: int, dtype: str) -> dict:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         result["imports_bytes"] = int(idle.stdout)
-        for operator in ("linear", "soup", "multi_slerp"):
-            result[operator] = run(operator, names, [])
-        result["slerp"] = run("slerp", names[:2], [])
-        for operator, extra in WITH_BASE.items():
-            result[operator] = run(operator, names, [*extra, "--base", "0.safetensors"])
+        for operator in operators:
+            options = ["--density", "0.2"] if OPERATORS[operator][1] else []
+            options += ["--base", "0.safetensors"] if OPERATORS[operator][0] else []
+            result[operator] = run(operator, names[:2] if operator == "slerp" else names, options)
+            log.info("%s: %s", operator, result[operator])
     return result
 
 
@@ -245,16 +248,20 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--ours", type=int, default=200, help="candidates of rayx at each amount")
     parser.add_argument("--theirs", type=int, default=5, help="candidates of mergekit, each way")
+    parser.add_argument("--threads", type=int, default=1, help="on both sides")
     parser.add_argument("--memory", action="store_true", help="the second question instead")
+    parser.add_argument("--operators", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
     parser.add_argument("--experts", type=int, default=8, help="of the second question")
     parser.add_argument("--layers", type=int, default=26, help="of the large models")
     parser.add_argument("--dtype", choices=("F32", "BF16"), default="F32")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    log.setLevel(logging.INFO)
     if given.memory:
-        result = measure_memory(given.experts, given.layers, given.dtype)
+        result = measure_memory(given.operators, given.experts, given.layers, given.dtype)
     else:
-        result = measure_speed(given.sequences, given.ours, given.theirs)
+        result = measure_speed(given.sequences, given.ours, given.theirs, given.threads)
     if given.json:
         print(json.dumps(result))
         return
