@@ -167,6 +167,27 @@ def predicted_measured(data: pd.DataFrame, axes: Axes, name: str = "objective") 
     dress(axes, finding, f"measured (bits per byte), n = {len(x)}", "predicted, held out (bpb)")
 
 
+def merged_trained(data: pd.DataFrame, axes: Axes, name: str) -> None:
+    """Draw losses of merged candidates against those of runs on the same mixtures.
+
+    Args:
+        data: One row a mixture: `trained_bpb`, `merged_bpb`.
+        axes: Where to draw.
+        name: Target, or what was averaged.
+    """
+    x, y = data["trained_bpb"].to_numpy(), data["merged_bpb"].to_numpy()
+    varies = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
+    rank = float(np.asarray(spearmanr(x, y))[0]) if varies else float("nan")
+    axes.plot(x, y, "o", color=ACCENT, ms=4.0, mew=0, alpha=0.7)
+    span = [max(x.min(), y.min()), min(x.max(), y.max())]
+    if span[0] < span[1]:  # far from each other the two kinds share no losses to be equal at
+        axes.plot(span, span, color=MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    finding = f"{label(name)}: Spearman {rank:.2f}, gap {np.mean(y - x):+.3f} bpb"
+    dress(axes, finding, f"trained (bits per byte), n = {len(x)}", "merged (bpb)")
+
+
 def response_curve(
     curve: pd.DataFrame, axes: Axes, name: str, points: pd.DataFrame, color: str = ACCENT
 ) -> None:

@@ -22,7 +22,7 @@ from rayx.cli.options import (
 )
 from rayx.cli.output import check_folder, fit_progress, grid_of, warn, write_text
 from rayx.errors import FitError, SpecError
-from rayx.fit import Table, evaluate_fit, fit_table, largest_scale
+from rayx.fit import Table, evaluate_fit, fit_table, join_kinds, largest_scale
 from rayx.report import render
 from rayx.store import Store, open_store
 
@@ -47,6 +47,8 @@ def fit(
     test = Table.from_csv(test_weights, test_losses) if test_weights and test_losses else None
     with fit_progress() as shown:
         result = evaluate_fit(table, test, regressor, seed, shown)
+    if table.joint:
+        result["kinds"] = table.joint.to_json()
     if as_json:
         return typer.echo(json.dumps(result))
     warn(table.warnings)
@@ -99,7 +101,7 @@ def report(
     plan, runs = found["plans"], opened.runs()
     fitted_runs = plan["provenance"]["run_ids"] if plan else largest_scale(runs)["run_id"]
     try:
-        table = Table.from_frame(runs.loc[runs["run_id"].isin(fitted_runs)])
+        table = join_kinds(runs.loc[runs["run_id"].isin(fitted_runs)])
         with fit_progress() as shown:
             fitted = fit_table(table, progress=shown)
     except FitError as error:  # too few runs yet: the page says what there is

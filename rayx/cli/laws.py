@@ -115,7 +115,11 @@ def _table(
     store: str | None, runs: str | None, target: str | None, rename: str | None, group: str | None
 ) -> LawTable:
     if store and target and not (runs or rename or group):
-        return LawTable.from_runs(open_store(store).runs(), target)
+        found = open_store(store).runs()
+        merged = found["kind"] == "merge"  # they have no scale of their own
+        law_table = LawTable.from_runs(found.loc[~merged], target)
+        left = [f"{merged.sum()} merged runs were left out: a law is of trained ones"]
+        return _warned(law_table, left) if merged.any() else law_table
     if runs and not (store or target):
         return LawTable.from_csv(runs, parse_names("--rename", rename) if rename else None, group)
     raise SpecError("Give --runs RUNS.csv, or a STORE with --target NAME; not both.")

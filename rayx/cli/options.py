@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rayx.errors import SpecError
-from rayx.fit import Table, largest_scale
+from rayx.fit import Table, join_kinds, largest_scale
 from rayx.store import open_store
 
 StoreArgument = Annotated[
@@ -25,9 +25,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 def read_table(store: str | None, weights: str | None, losses: str | None) -> Table:
-    """Read the table from a store, or from two CSV files."""
+    """Read the table from a store, trained and merged runs joined, or from two CSV files."""
     if store and not (weights or losses):
-        return Table.from_frame(largest_scale(open_store(store).runs()))
+        return join_kinds(largest_scale(open_store(store).runs()))
     if weights and losses and not store:
         return Table.from_csv(weights, losses)
     raise SpecError("Give a STORE, or --weights and --losses; not both and not one of the two.")

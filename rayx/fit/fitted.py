@@ -2,8 +2,9 @@
 
 Intervals for one more run, noise included, rest on the out-of-fold residuals: those of each target
 for its own interval, those of the weighted sum for an objective (targets err together, so their
-variances do not simply add). The interval for the expected difference of two mixtures, which noise
-does not widen, rests on how far the folds' models disagree about that difference.
+variances do not simply add). Of a table that joins trained and merged rows only the trained rows'
+residuals count: the interval is that of a trained run. The interval for the expected difference of
+two mixtures, which noise does not widen, rests on how far the folds' models disagree about it.
 
 Shapes: R runs, K domains, M mixtures to predict, T targets.
 """
@@ -57,6 +58,25 @@ class FittedTable:
             oof_RT[np.isfinite(self.table.losses_RM[:, t]), t] = self.models[target].oof_R
         return oof_RT
 
+    @property
+    def _told_RT(self) -> np.ndarray:
+        """Cells that errors are measured on: all losses, or those of the trained rows."""
+        seen_RT = np.isfinite(self.table.losses_RM)
+        if self.table.merged_R is None:
+            return seen_RT
+        trained_RT = seen_RT & ~self.table.merged_R[:, None]
+        return np.where(trained_RT.sum(0) >= MIN_JOINT_ROWS, trained_RT, seen_RT)
+
+    @property
+    def _error_T(self) -> np.ndarray:
+        """Root mean square of loss - oof over the rows that tell it, shape (T,), > 0."""
+        error_T = np.array([self.models[target].residual_sd for target in self.table.targets])
+        if self.table.merged_R is None:
+            return error_T
+        residuals_RT = np.where(self._told_RT, self.table.losses_RM - self.oof_RT, 0.0)
+        told_T = np.sqrt((residuals_RT**2).sum(0) / self._told_RT.sum(0))
+        return np.maximum(told_T, 1e-9 * error_T)
+
     @overload
     def predict(self, weights_MK: np.ndarray, std: Literal[False] = False) -> np.ndarray: ...
     @overload
@@ -72,12 +92,13 @@ class FittedTable:
         losses_MT = np.stack([model.predict_all(weights_MK) for model in models], axis=1)
         if not std:
             return losses_MT
-        return losses_MT, np.stack([model.std(weights_MK) for model in models], axis=1)
+        std_MT = np.stack([model.std(weights_MK) for model in models], axis=1)
+        return losses_MT, std_MT * (self._error_T / [model.residual_sd for model in models])
 
     def interval(self, weights_MK: np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Interval for the losses of one more run of each mixture: (low_MT, high_MT).
 
-        prediction +- q std / residual_sd, q the `level` quantile of |loss - oof|.
+        prediction +- q std / rms(loss - oof), q the `level` quantile of |loss - oof|.
 
         Source: Papadopoulos et al. 2002 (normalised conformal prediction).
         Differs: residuals of cross-validation instead of a split, so coverage is close to, not
@@ -86,10 +107,9 @@ class FittedTable:
         losses_MT, std_MT = self.predict(weights_MK, std=True)
         residuals_RT = self.table.losses_RM - self.oof_RT
         half_MT = np.empty_like(losses_MT)
-        for t, target in enumerate(self.table.targets):
-            residual_R = residuals_RT[:, t]
-            reach = _quantile(np.abs(residual_R[np.isfinite(residual_R)]), level)
-            half_MT[:, t] = reach * std_MT[:, t] / self.models[target].residual_sd
+        for t, error in enumerate(self._error_T):
+            residual_R = residuals_RT[self._told_RT[:, t], t]
+            half_MT[:, t] = _quantile(np.abs(residual_R), level) * std_MT[:, t] / error
         return losses_MT - half_MT, losses_MT + half_MT
 
     @overload
@@ -202,9 +222,9 @@ class FittedTable:
         return max(0.0, float(np.mean(residual_R**2) - noise))
 
     def _joint_rows(self, shares: Mapping[str, float]) -> np.ndarray:
-        """Which rows have all targets of the objective, shape (R,)."""
+        """Which rows tell the errors of all targets of the objective, shape (R,)."""
         columns = [self.table.targets.index(target) for target in shares]
-        return np.all(np.isfinite(self.table.losses_RM[:, columns]), axis=1)
+        return np.all(self._told_RT[:, columns], axis=1)
 
     def _objective_residuals(self, shares: Mapping[str, float]) -> np.ndarray:
         """Out-of-fold residuals of the weighted sum, on rows that have all its targets."""
@@ -215,9 +235,9 @@ class FittedTable:
         if joint_R.sum() >= MIN_JOINT_ROWS:
             return residuals_RT[joint_R] @ share_T
         # Too few rows have all targets: as if the errors of the targets were all one error.
-        sd_T = np.array([self.models[target].residual_sd for target in shares])
+        sd_T = self._error_T[columns]
         scaled_RT = residuals_RT / sd_T
-        return scaled_RT[np.isfinite(scaled_RT)] * float(share_T @ sd_T)
+        return scaled_RT[self._told_RT[:, columns]] * float(share_T @ sd_T)
 
     def _inflation(self, weights_MK: np.ndarray, shares: Mapping[str, float]) -> np.ndarray:
         """Standard deviation of a run in units of the out-of-fold residuals', shape (M,), > 0."""

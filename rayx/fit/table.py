@@ -14,15 +14,22 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from rayx.errors import FitError, did_you_mean
 
+if TYPE_CHECKING:
+    from rayx.fit.kinds import Joint
+
 MIN_ROWS = 8
 SUM_TOLERANCE = 0.02  # RegMix's released weights are rounded to 3 decimals and sum to .996-1.003
 SCALE = ("corpus", "params", "tokens", "trunk_tokens")  # columns in which the runs of a table agree
+ONLY_MERGED = (
+    "all {} runs are merged candidates: nothing trained says how far their losses can be believed"
+)
 MISSING = {"", "na", "nan", "null", "none"}
 
 
@@ -37,6 +44,9 @@ class Table:
         weights_RK: Mixture weights, >= 0; rows are renormalised to sum to 1.
         losses_RM: Losses; NaN is a missing cell.
         warnings: What was left out or looks odd, in words.
+        merged_R: Which rows are merged candidates, their losses translated to the scale of the
+            trained ones; None where all rows are of one kind.
+        joint: How the two kinds were joined, where the runs were of both.
 
     Raises:
         FitError: A weight is negative or not finite, a row does not sum to 1 within 2%, a loss is
@@ -49,6 +59,8 @@ class Table:
     weights_RK: np.ndarray
     losses_RM: np.ndarray
     warnings: tuple[str, ...] = ()
+    merged_R: np.ndarray | None = None
+    joint: Joint | None = None
 
     def __post_init__(self) -> None:
         weights_RK = np.array(self.weights_RK, dtype=float)
@@ -66,6 +78,8 @@ class Table:
             expected = (len(self.run_ids), len(names))
             if array.shape != expected:
                 raise FitError(f"{kind} have shape {array.shape}; the names say {expected}.")
+        if self.merged_R is not None and len(self.merged_R) != len(self.run_ids):
+            raise FitError(f"merged_R has {len(self.merged_R)} rows, not {len(self.run_ids)}.")
         self._refuse_cells(~np.isfinite(weights_RK), weights_RK, self.domains, "finite weight")
         self._refuse_cells(weights_RK < 0, weights_RK, self.domains, "weight of 0 or more")
         self._refuse_cells(
@@ -85,7 +99,8 @@ class Table:
         for target, missing_R in zip(self.targets, missing_RM.T, strict=True):
             if missing_R.all():
                 raise FitError(f"Target {target!r} has no loss in any of {len(missing_R)} runs.")
-        if missing_RM.any():
+        # Cells that joining the kinds left out are no missing losses: `joint` tells of them.
+        if missing_RM.any() and self.joint is None:
             counts = zip(self.targets, missing_RM.sum(0), strict=True)
             listed = ", ".join(f"{target} {count}" for target, count in counts if count)
             note = f"{missing_RM.sum()} losses are missing and masked: {listed}"
@@ -158,13 +173,13 @@ class Table:
         """Take the rows of a store's runs whose status is "ok".
 
         Args:
-            runs: Columns run_id, status, weight/<domain>, loss/<target>.
+            runs: Columns run_id, status, weight/<domain>, loss/<target>; kind, "train" or "merge".
             targets: Losses to keep; all by default.
             min_rows: Fewest rows accepted.
 
         Raises:
             FitError: A column is missing, a target is unknown, fewer than `min_rows` rows are ok,
-                or what Table refuses.
+                the runs are of both kinds or of several scales, or what Table refuses.
         """
         for column in ("run_id", "status"):
             if column not in runs.columns:
@@ -187,11 +202,17 @@ class Table:
                     f"The runs have {len(values)} values of {column} ({values[0]}, {values[1]}); "
                     "a table holds one. Take the rows of one, e.g. with largest_scale."
                 )
-        warnings = ()
+        kinds = sorted(used["kind"].astype(str).unique()) if "kind" in used.columns else []
+        if len(kinds) > 1:
+            raise FitError(
+                f"The runs are of {len(kinds)} kinds ({', '.join(kinds)}), whose losses differ; "
+                "expected one. Join them with rayx.fit.join_kinds, or take the rows of one."
+            )
+        warnings = (ONLY_MERGED.format(len(used)),) if kinds == ["merge"] else ()
         if len(used) < len(runs):
             others = Counter(runs.loc[runs["status"] != "ok", "status"].astype(str))
             counts = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
-            warnings = (f"{len(used)} of {len(runs)} runs used; {counts}",)
+            warnings += (f"{len(used)} of {len(runs)} runs used; {counts}",)
         _refuse_few(len(used), min_rows, "The runs with status 'ok' are")
         return cls(
             run_ids=tuple(used["run_id"].astype(str)),
@@ -234,7 +255,8 @@ def largest_scale(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the corpus, size and token count that most runs share.
 
     A sweep's store also holds verification runs, at other scales; losses of different scales or
-    different data are never pooled.
+    different data are never pooled. Merged candidates are of the scale of the runs that they stand
+    for: their kind is a factor of the fit, see `join_kinds`.
     """
     columns = [column for column in SCALE if column in runs.columns]
     if runs.empty or not columns:

@@ -55,27 +55,11 @@ class TiltedPower(PointRegressor):
 
     def fit_point(self, weights_RK: np.ndarray, loss_R: np.ndarray) -> Predictor:
         log_weights_RK = np.log(weights_RK + self.offset)
-        num_domains = weights_RK.shape[1]
-        floor = FLOOR_SHARE * loss_R.min()
-        log_sum_R = np.log(np.exp(GAMMA * log_weights_RK).sum(1))
-        log_c = -1.0 - np.mean(np.log(loss_R - floor) / OUTER_POWER + log_sum_R)
-        start_P = np.r_[
-            np.log(floor),
-            np.full(num_domains, log_c),
-            np.full(num_domains, np.log(GAMMA / (1.0 - GAMMA))),
-            np.log(OUTER_POWER),
-            np.zeros(num_domains),
-        ]
         theta_P = levenberg.minimise(
             lambda theta_SP: log_loss(theta_SP, weights_RK, log_weights_RK),
-            start_P[None],
+            start(log_weights_RK, loss_R)[None],
             np.log(loss_R),
-            ridge_P=np.r_[
-                0.0,
-                np.full(2 * num_domains, self.ridge),
-                self.outer_ridge,
-                np.full(num_domains, self.tilt_ridge),
-            ],
+            ridge_P=self.ridges(weights_RK.shape[1]),
             scale=self.scale,
             max_iterations=MAX_ITERATIONS,
         )
@@ -89,6 +73,30 @@ class TiltedPower(PointRegressor):
             return np.exp(np.clip(log_loss_M, low - margin, high + margin))
 
         return predict
+
+    def ridges(self, num_domains: int) -> np.ndarray:
+        """Strength of the pull of each parameter towards its start, shape (P,)."""
+        return np.r_[
+            0.0,
+            np.full(2 * num_domains, self.ridge),
+            self.outer_ridge,
+            np.full(num_domains, self.tilt_ridge),
+        ]
+
+
+def start(log_weights_RK: np.ndarray, loss_R: np.ndarray) -> np.ndarray:
+    """Parameters that treat all domains alike and give the mean of the losses, shape (P,)."""
+    num_domains = log_weights_RK.shape[1]
+    floor = FLOOR_SHARE * loss_R.min()
+    log_sum_R = np.log(np.exp(GAMMA * log_weights_RK).sum(1))
+    log_c = -1.0 - np.mean(np.log(loss_R - floor) / OUTER_POWER + log_sum_R)
+    return np.r_[
+        np.log(floor),
+        np.full(num_domains, log_c),
+        np.full(num_domains, np.log(GAMMA / (1.0 - GAMMA))),
+        np.log(OUTER_POWER),
+        np.zeros(num_domains),
+    ]
 
 
 def log_loss(

@@ -11,7 +11,11 @@ import numpy as np
 import pandas as pd
 
 from rayx.choose import Choice
+from rayx.errors import FitError
+from rayx.fit import Joint, join_kinds, largest_scale
 from rayx.fit.fitted import FittedTable, normalised_objective
+from rayx.fit.table import SCALE
+from rayx.merging import MergeSpec
 from rayx.store import Store
 
 STEP = 0.05  # share added to a domain in the interaction map
@@ -39,6 +43,38 @@ class Evidence:
     def failed(self) -> pd.DataFrame:
         """The runs that failed."""
         return self.runs.loc[self.runs["status"] == "failed"]
+
+    @cached_property
+    def merged(self) -> pd.DataFrame:
+        """The merged candidates that were evaluated."""
+        return self.runs.loc[(self.runs["kind"] == "merge") & (self.runs["status"] == "ok")]
+
+    @cached_property
+    def beside_merged(self) -> set[str]:
+        """Ids of the runs at the scale that most merged candidates are of."""
+        scale = largest_scale(self.merged)
+        same = self.runs[list(SCALE)].eq(scale[list(SCALE)].iloc[0]).all(axis=1)
+        return set(self.runs.loc[same, "run_id"])
+
+    @cached_property
+    def experts(self) -> set[str]:
+        """Ids of the runs that the merged candidates are made of."""
+        ids = set()
+        for run_id in self.merged.drop_duplicates("expert_set")["run_id"]:
+            spec = self.store.get(run_id).spec
+            if isinstance(spec, MergeSpec):
+                ids |= {member.spec.run_id for member in spec.experts.members}
+        return ids
+
+    @cached_property
+    def joint(self) -> Joint | None:
+        """What the trained runs say of the merged ones; None where there is nothing to compare."""
+        if self.fitted and self.fitted.table.joint:
+            return self.fitted.table.joint
+        try:  # the runs fitted may be of one kind only: the merged ones were left out
+            return join_kinds(self.runs[self.runs["run_id"].isin(self.beside_merged)]).joint
+        except FitError:
+            return None
 
     @cached_property
     def domains(self) -> list[str]:
@@ -99,6 +135,8 @@ class Evidence:
         columns = [table.targets.index(target) for target in shares]
         predicted = fitted.oof_RT[:, columns] @ np.array(list(shares.values()))
         std = fitted.objective(table.weights_RK, shares, std=True)[1]
+        # A merged row's loss is a translation: what is shown as measured was trained.
+        trained_R = ~table.merged_R if table.merged_R is not None else np.ones(len(table), bool)
         entries = {"objective": (self.measured_R(), predicted, std)}
         std_RT = fitted.predict(table.weights_RK, std=True)[1]
         if len(table.targets) > 1:
@@ -107,7 +145,9 @@ class Evidence:
                 for t, target in enumerate(table.targets)
             }
         names = ("measured_bpb", "predicted_bpb", "std_bpb")
-        return {k: pd.DataFrame(dict(zip(names, v, strict=True))) for k, v in entries.items()}
+        return {
+            k: pd.DataFrame(dict(zip(names, v, strict=True)))[trained_R] for k, v in entries.items()
+        }
 
     def responses(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
         """Domain -> (predicted change along its share, measured runs), for `response_curve`."""
@@ -162,6 +202,7 @@ class Evidence:
         columns = ["run_id", "tokens", "loss_bpb", "arm", "params", "end"]
         evals = self.store.evals()
         evals = evals.loc[evals["target"].isin(list(self.objective))]
+        evals = evals.loc[~evals["run_id"].isin(self.merged["run_id"])]  # a point is no curve
         if evals.empty:
             return pd.DataFrame(columns=columns)
         weight = evals["target"].map(self.objective) / sum(self.objective.values())

@@ -79,7 +79,8 @@ def spent(runs: pd.DataFrame) -> list[str]:
     devices = Counter(runs["device"].astype(str))
     return [
         str(len(runs)),
-        short_count(float(runs["tokens"].sum())),
+        # The tokens of a merged candidate are those of the run that it stands for.
+        short_count(float(runs.loc[runs["kind"] != "merge", "tokens"].sum())),
         f"{runs['flops'].sum():.2e}",
         f"{runs['seconds'].sum():,.0f}",
         duration(elapsed) if known else "–",

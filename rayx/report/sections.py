@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from rayx.mixture import epochs
 from rayx.plots import PALETTE, arm_name, short_count
-from rayx.report import figures, records
+from rayx.report import figures, merged, records
 from rayx.report.evidence import NOT_FITTED, STEP, Evidence
 from rayx.report.page import Html, document, esc, missing, paragraph, swatch, table, tiles
 
@@ -35,6 +35,9 @@ def page(evidence: Evidence, title: str) -> str:
         ("failures", "Failures", records.failures(evidence)),
         ("provenance", "Provenance", records.provenance(evidence)),
     ]
+    if len(evidence.merged):
+        place = [key for key, _, _ in sections].index("response")
+        sections.insert(place, ("merged", merged.HEADING, merged.section(evidence)))
     return document(title, sections)
 
 
@@ -229,7 +232,8 @@ def fit(evidence: Evidence) -> Html:
     """Held-out predictions."""
     if not evidence.fitted:
         return missing(NOT_FITTED)
-    runs = len(evidence.fitted.table)
+    fitted = evidence.fitted.table
+    runs = len(fitted) if fitted.merged_R is None else int((~fitted.merged_R).sum())
     text = (
         f"Each of the {runs} points is a run that the prediction did not see (cross-validation). "
         "The band is the 95% interval of one run; the dashed line is a perfect prediction."
