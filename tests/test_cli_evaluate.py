@@ -215,6 +215,10 @@ def test_rows_keep_what_is_there(tmp_path):
     assert np.isnan(again.values["i,1"]["b"]) and list(again.values) == ["i,1"]
     with pytest.raises(SpecError, match="columns id, a, b"):
         Rows(path, ["a"], {"x": 1}, {})
+    with open(path, "a") as file:
+        file.write("j,1,two\n")
+    with pytest.raises(SpecError, match="Cannot read .*'two'"):
+        Rows(path, ["a", "b"], {"x": 1}, {})
     (tmp_path / "r.csv.json").unlink()
     with pytest.raises(SpecError, match="does not say what it was made with"):
         Rows(path, ["a", "b"], {"x": 1}, {})
@@ -279,8 +283,11 @@ def test_bad_calls_say_what_is_wrong(name, cli, folders, tiny_corpus):
     arguments = [a.replace("MODEL", str(folders[0])) for a in arguments]
     if "--corpus" not in arguments:
         arguments += ["--corpus", tiny_corpus.url]
+    if "--out" not in arguments:
+        arguments += ["--out", "l.csv"]
     code, out, err = cli("evaluate", *arguments)
     assert code == 2 and out == "" and re.search(message, err.replace("\n", " ")), err
+    assert not Path("l.csv").exists() and not Path("l.csv.json").exists()
 
 
 def test_weights_are_in_the_order_of_the_experts(tmp_path):

@@ -116,9 +116,9 @@ def evaluate(
     rows = Rows(out, opened.targets, settings, rows_of)
     left = [row_id for row_id in rows_of if row_id not in rows.values]
     reused = len(rows_of) - len(left)
-    used = [loaded[name] for name in left] if merged is None else merged.experts[:1] if left else []
-    for model in used:  # all that can be wrong is found before any model is run
-        model.prepare(opened, length, evaluation)
+    if left:  # all that can be wrong is found before any model is run
+        for name in left if merged is None else list(paths)[:1]:
+            loaded[name].prepare(opened, length, evaluation)
     details: dict[str, Mapping[str, Loss]] = {}
     if merged is None:
         found = _one_by_one(loaded, left)

@@ -44,19 +44,14 @@ class Rows:
         self._file = Path(path).expanduser() if path else None
         if self._file is None:
             return
-        about = Path(f"{self._file}.json")
-        now = json.loads(json.dumps({"settings": settings, "rows": made_of}))  # tuples to lists
+        self._about = self._file.with_name(f"{self._file.name}.json")
+        self._now = json.loads(json.dumps({"settings": settings, "rows": made_of}))  # no tuples
+        self._begun = False  # nothing is written before there is a row
         try:
             if self._file.exists():
-                self._read(about, now)
-                now["rows"] = {**json.loads(about.read_text())["rows"], **now["rows"]}
-            partial = about.with_name(f".{about.name}.partial")
-            partial.write_text(json.dumps(now))
-            os.replace(partial, about)
-            if not self._file.exists():
-                self._write(["id", *self.columns])
-        except OSError as error:
-            raise SpecError(f"Cannot write {path!r}: {error}. Give another --out.") from error
+                self._read(self._now)
+        except (OSError, ValueError) as error:  # not text, not numbers, or not rectangular
+            raise SpecError(f"Cannot read {path!r}: {error}. {ANOTHER}.") from error
 
     def append(self, row_id: str, numbers: Mapping[str, float]) -> None:
         """Add a row; numbers that are not finite are left empty in the file."""
@@ -67,12 +62,22 @@ class Rows:
 
     def _write(self, cells: Sequence[str]) -> None:
         assert self._file is not None
-        with open(self._file, "a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(cells)
+        try:
+            if not self._begun:
+                partial = self._about.with_name(f".{self._about.name}.partial")
+                partial.write_text(json.dumps(self._now))
+                os.replace(partial, self._about)
+                self._begun = True
+                if not self._file.exists() or not self._file.stat().st_size:
+                    self._write(["id", *self.columns])
+            with open(self._file, "a", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(cells)
+        except OSError as error:
+            raise SpecError(f"Cannot write {str(self._file)!r}: {error}. {ANOTHER}.") from error
 
-    def _read(self, about: Path, now: Mapping[str, Any]) -> None:
+    def _read(self, now: dict[str, Any]) -> None:
         assert self._file is not None
-        name = str(self._file)
+        name, about = str(self._file), self._about
         try:
             before = json.loads(about.read_text())
             settings, made_of = dict(before["settings"]), dict(before["rows"])
@@ -95,8 +100,6 @@ class Rows:
         header, *lines = list(csv.reader(whole.decode().splitlines())) or [[]]
         if header and header != ["id", *self.columns]:
             raise SpecError(f"{name} has columns {', '.join(header)}; {ANOTHER}.")
-        if not header:
-            self._write(["id", *self.columns])
         for row_id, *cells in lines:
             if row_id in now["rows"] and made_of.get(row_id) != now["rows"][row_id]:
                 raise SpecError(
@@ -105,6 +108,7 @@ class Rows:
                 )
             numbers = (float(cell) if cell else math.nan for cell in cells)
             self.values[row_id] = dict(zip(self.columns, numbers, strict=True))
+        now["rows"] = {**made_of, **now["rows"]}
 
 
 def read_merge_weights(path: str, experts: Sequence[str]) -> dict[str, tuple[float, ...]]:
