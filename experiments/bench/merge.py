@@ -40,6 +40,7 @@ from rayx.proxy.model import initial_parameters
 BIN = Path(sys.executable).parent
 SHAPE = ModelShape(layers=4, width=128, heads=4, ffn_width=384, vocab_size=1024, context=128)
 EXPERTS = 4
+DRAWN = 1 << 24  # random numbers of a large model
 VOCAB, WIDTH, FFN = 32_000, 768, 2048  # of the large models
 
 log = logging.getLogger(__name__)
@@ -187,9 +188,11 @@ def write_large(file: Path, layers: int, dtype: str, seed: int) -> int:
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
     writer = TensorWriter(file, {n: (dtype, shape) for n, shape in shapes.items()}, {})
     rng = np.random.default_rng(seed)
-    for shape in shapes.values():
-        values = torch.from_numpy(rng.random(shape[0] * shape[1], np.float32))
-        writer.append((values - 0.5).to(kind))
+    drawn = torch.from_numpy(rng.random(DRAWN, np.float32) - 0.5).to(kind)
+    for shape in shapes.values():  # each tensor is a window of what was drawn, repeated
+        window = drawn[rng.integers(DRAWN // 2) :][: DRAWN // 2]
+        for at in range(0, shape[0] * shape[1], len(window)):
+            writer.append(window[: shape[0] * shape[1] - at])
     writer.close()
     return sum(rows * columns for rows, columns in shapes.values())
 

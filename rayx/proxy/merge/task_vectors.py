@@ -29,11 +29,12 @@ def ties(source: Source, operator: Operator) -> Combine:
     Differs: trimmed per tensor and weighted, as in mergekit; entries as large as the last one kept
         are kept too, so that the order of elements does not matter.
     """
+    trims = float(operator.density or 1.0) < 1.0
     least_K = [
         _nth_largest(_task_vector(source, k).abs_(), _kept(operator, source.numel))
         for k in range(source.experts)
+        if trims
     ]
-    trims = float(operator.density or 1.0) < 1.0
 
     def combine(experts_KS: Tensor, base_S: Tensor, weights_CK: Tensor, start: int) -> Tensor:
         delta_KS = experts_KS - base_S
