@@ -72,7 +72,7 @@ class Evidence:
         if self.fitted and self.fitted.table.joint:
             return self.fitted.table.joint
         try:  # the runs fitted may be of one kind only: the merged ones were left out
-            return join_kinds(self.runs[self.runs["run_id"].isin(self.beside_merged)]).joint
+            return join_kinds(self.runs.loc[self.runs["run_id"].isin(self.beside_merged)]).joint
         except FitError:
             return None
 
@@ -146,7 +146,10 @@ class Evidence:
             }
         names = ("measured_bpb", "predicted_bpb", "std_bpb")
         return {
-            k: pd.DataFrame(dict(zip(names, v, strict=True)))[trained_R] for k, v in entries.items()
+            k: pd.DataFrame(
+                {name: column[trained_R] for name, column in zip(names, v, strict=True)}
+            )
+            for k, v in entries.items()
         }
 
     def responses(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:

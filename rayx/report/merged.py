@@ -32,7 +32,7 @@ def section(evidence: Evidence) -> Html:
         name = "" if group == "merged" else f"{group}: "
         parts.append(f'<p class="lead">{esc(name + verdict(beliefs))}</p>')
         parts.append(_numbers(beliefs))
-        parts.append(_figures(joint.points[joint.points["group"] == group], group))
+        parts.append(_figures(joint.points.loc[joint.points["group"] == group], group))
     return Html("".join(parts) + cost(evidence))
 
 
@@ -119,7 +119,7 @@ def _figures(points: pd.DataFrame, group: str) -> Html:
     panels = []
     names = [AVERAGE, *(name for name in points["target"].unique() if name != AVERAGE)]
     for i, name in enumerate(names[:MOST_PANELS]):
-        data = points[points["target"] == name]
+        data = points.loc[points["target"] == name]
         if len(data) < 2:
             continue
         shown = "average loss" if name == AVERAGE else str(name)
