@@ -235,6 +235,7 @@ def _show(values: Mapping[str, Mapping[str, float]], targets: Sequence[str]) -> 
         typer.echo(f"the {SHOWN} of {len(names)} rows with the lowest mean:")
         names = sorted(names, key=lambda i: means[i] if math.isfinite(means[i]) else math.inf)
     grid = grid_of("", *targets, "mean")
+    grid.columns[0].overflow = "fold"  # paths often differ at their ends only
     for row_id in names[:SHOWN]:
         numbers = [*values[row_id].values(), means[row_id]]
         grid.add_row(row_id, *(f"{number:.4f}" for number in numbers))
