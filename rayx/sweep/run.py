@@ -194,7 +194,11 @@ class _Sweep:
         for pack in packs:
             self.store.put_pack(pack.pack_id, pack.specs)
         if packs:
-            log.info("%d of %d runs to do, in %d packs", len(runs), len(new), len(packs))
+            parents = len(runs - new.keys())
+            log.info(
+                "%d of %d runs to do and %d parents, in %d packs",
+                len(runs) - parents, len(new), parents, len(packs),
+            )  # fmt: skip
             self._announce(runs)
         return packs
 
