@@ -97,7 +97,8 @@ def _joined(raw: Table, group_R: np.ndarray, seed: int) -> Table:
     beliefs, points = [], []
     for group in sorted(set(group_R) - {""}):
         rows = np.flatnonzero(group_R == group)
-        if not np.isfinite(raw.losses_RM[rows]).any():
+        if np.isfinite(raw.losses_RM[rows]).sum(0).max() < 2:  # one merge has no factor
+            losses_RM[rows] = np.nan
             continue
         found = _Group(trained, group, raw.weights_RK[rows], raw.losses_RM[rows])
         losses_RM[rows] = found.translated_MT
@@ -326,7 +327,9 @@ def _words(beliefs: list[Belief], num_trained: int, num_merged: int) -> str:
             f"merged runs are left out of the fit of {num_trained} trained ones: held-out trained "
             "runs are predicted no better with them"
         )
+    groups = len({belief.group for belief in by_target})
     end = f"merged losses are translated, and kept for {kept} of {len(by_target)} targets"
-    if not all(belief.judged for belief in by_target):
+    end += f" (each of {groups} groups of merges counted apart)" if groups > 1 else ""
+    if any(belief.kept and not belief.judged for belief in by_target):
         end += f", unchecked where fewer than {MIN_ROWS} trained runs have a loss"
     return f"{start}: {end}"
