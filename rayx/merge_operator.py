@@ -68,6 +68,12 @@ class Operator:
         )
         require(is_int(self.seed) and self.seed >= 0, "Operator.seed", self.seed, "an integer >= 0")
 
+    def __str__(self) -> str:
+        """Return the name, with the options that are not the usual ones."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        options = [f"{k}={v:g}" for k, v in self.to_json().items() if v != usual[k] and k != "name"]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
     @property
     def needs_base(self) -> bool:
         """Whether it works on task vectors, the experts' differences from their base."""

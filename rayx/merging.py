@@ -252,7 +252,7 @@ class MergeSpec:
             "trunk_tokens": self.trunk_tokens,
             "parent": self.experts.base.spec.run_id if self.experts.base else None,
             "expert_set": self.expert_set_id,
-            "operator": self.operator.name,
+            "operator": str(self.operator),
             "seed": first.seed,
             "data_seed": first.data_seed,
             "layers": self.model.layers,

@@ -68,6 +68,16 @@ def test_operators_that_differ_in_one_field_are_other_candidates():
     assert len(set(ids)) == len(ids)
 
 
+def test_an_operator_is_told_apart_by_what_is_not_usual():
+    texts = [
+        Operator(),
+        Operator(name="ties", density=0.2),
+        Operator(name="pcb", density=1, scale=2),
+    ]
+    assert list(map(str, texts)) == ["linear", "ties(density=0.2)", "pcb(density=1, scale=2)"]
+    assert EXPERTS.merge((1, 1, 1), texts[1]).columns()["operator"] == "ties(density=0.2)"
+
+
 def test_specs_records_and_pickles_come_back_equal():
     again = spec_from_json(json.loads(json.dumps(MERGED.to_json())))
     assert again == MERGED and again.run_id == MERGED.run_id and hash(again) == hash(MERGED)

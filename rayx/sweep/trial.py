@@ -50,7 +50,7 @@ class TrainPack(Protocol):
 
 
 class Merges(Protocol):
-    """The evaluation of merged candidates that a sweep is given (`rayx.proxy.merge.candidates.Merges`)."""
+    """What loads and evaluates merged candidates (`rayx.proxy.merge.candidates.Merges`)."""
 
     def load(self, specs: Sequence[MergeSpec], store: Store) -> Any:
         """Return the experts of specs of one expert set: arrays that Ray shares without a copy."""
