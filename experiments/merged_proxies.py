@@ -47,7 +47,7 @@ from rayx.verify import CHOICE, compare
 log = logging.getLogger(__name__)
 
 SHARES = (0.0, 0.25, 0.5)  # of general text in the experts
-WIDEST = max(SHARES)  # the references lie in the hull of these experts, so all can express them
+WIDEST = max(SHARES)  # the references lie in the hull of these experts, so all reach them
 FRACTIONS = (8, 4, 2)  # of a branch: how much shorter cheaper stand-ins are
 ROUNDS = (64, 32, 16)
 RANDOM = "random"  # search: the best of a few mixtures trained in full
@@ -66,9 +66,9 @@ class Parameters:
     decay_share: float = 0.8  # of a branch
     lr: float = 8e-3
     regressor: str = "auto"
-    seed: int = 1  # 0 chose the settings
+    seed: int = 3  # 0 chose the settings; 1 and 2 were looked at too
     seeds: int = 2
-    verify_seeds: int = 3
+    verify_seeds: int = 4
 
 
 def corpus(p: Parameters) -> Corpus:
@@ -106,8 +106,9 @@ def proxies(p: Parameters, corpus: Corpus, seed: int) -> MergeProxy:
 
 
 def reference_mixtures(p: Parameters, corpus: Corpus) -> list[Mixture]:
-    """Return mixtures spread evenly over what the experts with most general text can express."""
-    return proxies(p, corpus, p.seed).hull_mixtures(p.references, WIDEST, seed=3)
+    """Return mixtures drawn as a search draws its candidates, so that all experts reach them."""
+    # A seed that no search draws from: a reference is no candidate.
+    return searches(p, corpus)["demix"].drawn(p.references, seed=100 + p.seed)
 
 
 def far_mixtures(p: Parameters, corpus: Corpus) -> list[Mixture]:
@@ -135,7 +136,8 @@ def all_standins(p: Parameters, corpus: Corpus) -> Iterator[StandIns]:
         one = proxies(p, corpus, seed)
         trained[seed] = references = [one.branch(mixture) for mixture in mixtures]
         for share in SHARES:
-            for tokens in (branch, *(branch // f for f in FRACTIONS if seed == p.seed)):
+            shorter = FRACTIONS if share == WIDEST and seed == p.seed else ()
+            for tokens in (branch, *(branch // f for f in shorter)):
                 merges = one.standins(mixtures, share, tokens)
                 yield StandIns(kind="merged", share=share, tokens=tokens, seed=seed,
                                standins=merges, references=references)  # fmt: skip
@@ -162,7 +164,7 @@ def searches(p: Parameters, corpus: Corpus) -> dict[str, DeMix]:
     demix = DeMix(
         proxies=proxies(p, corpus, p.seed),
         prior=corpus.tokens,
-        objective=dict.fromkeys(corpus.targets, 1.0),
+        objective=dict.fromkeys(corpus.domains, 1.0),
         general_share=WIDEST,
         rounds=ROUNDS,
         regressor=p.regressor,
@@ -209,7 +211,7 @@ def verify_seeds(p: Parameters) -> list[int]:
 
 
 def row(kind: str, share: float, tokens: int, seed: int, cost: float, found: Agreement) -> dict:
-    """Return a row of the report."""
+    """Return a row of the report; scores are over the domains' own targets."""
     return {
         "kind": kind,
         "general": share,
@@ -233,10 +235,15 @@ def table(
     rows = []
     for one in all_standins(p, corpus):
         cost = cost_tokens(store, one.standins)
-        found = study(store, one.standins, one.references)
+        found = study(store, one.standins, one.references, corpus.domains)
         rows.append(row(one.kind, one.share, one.tokens, one.seed, cost, found))
+        # Text of no domain, apart: its losses spread more over seeds than over mixtures.
+        others = [target for target in corpus.targets if target not in corpus.domains]
+        if others:
+            apart = study(store, one.standins, one.references, others)
+            rows[-1] |= {f"spearman/{t}": value for t, value in apart.spearman.items()}
     base, mixtures = proxies(p, corpus, p.seed), reference_mixtures(p, corpus)
-    targets, domains = list(corpus.targets), list(corpus.domains)
+    targets = list(corpus.domains)
     trained_RT = losses(store, [base.branch(mixture) for mixture in mixtures], targets)
     # Without merging: the experts' losses, averaged with the same weights.
     experts = [member.spec for member in base.experts(WIDEST).members]
@@ -246,10 +253,8 @@ def table(
     rows.append(row("experts' losses averaged", WIDEST, p.branch_tokens, p.seed,
                     cost_tokens(store, experts), found))  # fmt: skip
     # Without anything: the less of a domain, the higher its loss.
-    own = [t for t in targets if t in domains]
-    share_RT = np.array([[1.0 - mixture.get(t, 0.0) for t in own] for mixture in mixtures])
-    columns = [targets.index(t) for t in own]
-    found = agreement(share_RT, trained_RT[:, columns], own)
+    share_RT = np.array([[1.0 - mixture.get(t, 0.0) for t in targets] for mixture in mixtures])
+    found = agreement(share_RT, trained_RT, targets)
     blank = dict.fromkeys(("average_spearman", "top_spearman", "recovery", "gap_bpb"), math.nan)
     found = dataclasses.replace(found, **blank)  # shares are no losses, and average out to nothing
     rows.append(row("own share of the mixture", math.nan, 0, p.seed, 0.0, found))
@@ -308,7 +313,7 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclu
         key: Mixture(other.weights) for key, (_, other) in found.items() if key.startswith("regmix")
     }
     drawn = searches(p, corpus)[RANDOM].specs()
-    best = losses(store, drawn, corpus.targets).mean(1).argmin()
+    best = losses(store, drawn, corpus.domains).mean(1).argmin()
     arms[RANDOM] = drawn[best].mixture
     runs = demix.follow_up(arms, verify_seeds(p))
     sweep([spec for specs in runs.values() for spec in specs])

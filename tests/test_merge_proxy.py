@@ -179,6 +179,8 @@ def test_study_compares_records_and_refuses_another_order(store):
         for spec, bpb_T in zip(specs, losses_RT, strict=True):
             store.put(planted_record(spec, bpb_T))
     assert study(store, standins, references) == agreement(standin_RT, trained_RT, TARGETS)
+    only = study(store, standins, references, ("news",))
+    assert only == agreement(standin_RT[:, 2:], trained_RT[:, 2:], ("news",))
     assert losses(store, standins, ("news",))[:, 0] == pytest.approx(standin_RT[:, 2])
     with pytest.raises(SpecError, match="same order"):
         study(store, standins[::-1], references)
@@ -247,7 +249,7 @@ def test_the_experiment_says_what_merges_are_worth_on_planted_losses(
 
     rows = pd.read_csv(io.BytesIO(store.read_bytes("reports/merged_proxies.csv")))
     merged = rows.query("kind == 'merged'")
-    assert len(merged) == 3 * (1 + 3) + 3  # shares x lengths, and the second seed's
+    assert len(merged) == 3 + 3 + 3  # shares, shorter ones at the widest, and the second seed
     assert merged["macro"].tolist() == pytest.approx([1.0] * len(merged))
     assert rows.loc[rows["kind"] == "own share of the mixture", "macro"].item() == pytest.approx(1)
     trained = rows[rows["kind"] == "trained"]

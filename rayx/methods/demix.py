@@ -94,16 +94,20 @@ class DeMix:
             return [self.proxies.branch(mixture, self.trained_tokens) for mixture in mixtures]
         return [*self.proxies.standins(mixtures, self.general_share, self.expert_tokens)]
 
-    def specs(self) -> list[Spec]:
-        """Return the first round."""
+    def drawn(self, num: int, seed: int) -> list[Mixture]:
+        """Return mixtures of the experts' hull, around the prior and under the caps."""
         general, share = self.proxies.general, self.general_share
         caps = {
             d: min(1.0, max(0.0, (cap - share * general.get(d, 0.0)) / (1 - share)))
             for d, cap in self.caps.items()
         }
         dirichlet = {"temperature": 0.7, "strengths": (0.5, 5.0)}
-        own = regmix_mixtures(self.prior, self.rounds[0], seed=self.seed, caps=caps, **dirichlet)
-        return self.candidates([self.proxies.component(mixture, share) for mixture in own])
+        own = regmix_mixtures(self.prior, num, seed=seed, caps=caps, **dirichlet)
+        return [self.proxies.component(mixture, share) for mixture in own]
+
+    def specs(self) -> list[Spec]:
+        """Return the first round."""
+        return self.candidates(self.drawn(self.rounds[0], self.seed))
 
     def proposed(self, store: Store) -> list[Spec]:
         """Return the candidates of all rounds up to the first that is not all on record.

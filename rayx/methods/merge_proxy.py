@@ -96,13 +96,19 @@ def agreement(standin_RT: np.ndarray, trained_RT: np.ndarray, targets: Sequence[
     )
 
 
-def study(store: Store, standins: Sequence[Spec], references: Sequence[TrainSpec]) -> Agreement:
+def study(
+    store: Store,
+    standins: Sequence[Spec],
+    references: Sequence[TrainSpec],
+    targets: Sequence[str] | None = None,
+) -> Agreement:
     """Compare stand-ins, merged or trained, with the trained runs of the same mixtures.
 
     Args:
         store: Holds the records of all of them, from whatever sweep.
         standins: One a reference, in its order.
         references: Trained runs.
+        targets: Which losses; by default all that were evaluated.
 
     Raises:
         SpecError: A stand-in is of another mixture or corpus than its reference, or too few.
@@ -119,8 +125,8 @@ def study(store: Store, standins: Sequence[Spec], references: Sequence[TrainSpec
                 f"its reference {reference.run_id} of {dict(theirs)} on {reference.corpus}. "
                 "Give them in the same order."
             )
-    targets = tuple(store.get(references[0].run_id).losses)
-    return agreement(losses(store, standins, targets), losses(store, references, targets), targets)
+    names = tuple(targets or store.get(references[0].run_id).losses)
+    return agreement(losses(store, standins, names), losses(store, references, names), names)
 
 
 def losses(store: Store, specs: Sequence[Spec], targets: Sequence[str]) -> np.ndarray:
