@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 BASE_TOKENS = 2_000_000
 SOURCE_TOKENS = 60_000
-LR_SHARES = (0.3, 0.1, 0.03)  # of the base's peak rate, for every arm
+LR_SHARES = (1.0, 0.3, 0.1)  # of the base's peak rate, for every arm
 SCALES = (0.5, 0.75, 1.0, 1.5)
 DENSITIES = (0.2, 0.5, 0.8)
 ROUNDS = (24, 12, 12)

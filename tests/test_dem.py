@@ -178,7 +178,8 @@ def test_changing_one_source_retrains_its_expert_alone(store):
 
 
 def test_rounds_are_the_same_however_often_they_are_interrupted(store, tmp_path):
-    dem, other = planted_dem(), rayx.open(tmp_path / "whole", create=True)
+    dem = planted_dem(search=OmegaSearch(rounds=(8, 4, 4)))
+    other = rayx.open(tmp_path / "whole", create=True)
     sweep(dem, other)
     whole = [s.run_id for s in dem.proposed(other)]
     seen = 0
@@ -188,7 +189,7 @@ def test_rounds_are_the_same_however_often_they_are_interrupted(store, tmp_path)
         for spec in new[: max(1, len(new) // 2)]:
             store.put(planted(spec))
         seen += 1
-    assert [s.run_id for s in dem.proposed(store)] == whole and seen > 8
+    assert [s.run_id for s in dem.proposed(store)] == whole and seen > 5
     assert dem.decide(store).spec == dem.decide(other).spec
 
 
@@ -208,8 +209,17 @@ def test_failed_runs_and_candidates_are_passed_over(store):
         store.put(planted(spec, failed=True))
     with pytest.raises(StoreError, match="failed; try smaller lr_shares"):
         broken.experts(store)
+
+
+@pytest.mark.parametrize("how", ["guided", "random"])
+def test_a_search_in_which_all_candidates_failed_says_so(store, how):
+    dem = planted_dem(search=OmegaSearch(how=how, rounds=(4, 2)))
+    for spec in dem.specs():
+        store.put(planted(spec))
+    for spec in dem.proposed(store):
+        store.put(planted(spec, failed=isinstance(spec, MergeSpec)))
     with pytest.raises(StoreError, match="All merged candidates failed"):
-        dem.search.later(1, np.ones((2, 3)), np.full(2, np.inf))
+        dem.decide(store)
 
 
 def test_search_spaces():
@@ -243,6 +253,11 @@ def test_search_spaces():
 def test_searches_that_make_no_sense_are_refused(arguments, what):
     with pytest.raises(SpecError, match=what):
         OmegaSearch(**arguments)
+
+
+def test_a_study_without_rates_is_refused():
+    with pytest.raises(SpecError, match="some of each"):
+        planted_dem(lr_shares=())
 
 
 def test_a_grid_that_is_too_large_and_a_source_without_values_are_refused():

@@ -27,7 +27,7 @@ from rayx.merging import Experts, MergeSpec, Operator, Spec
 from rayx.methods.dem_search import OmegaSearch
 from rayx.mixture import Mixture, Phase
 from rayx.record import Loss
-from rayx.spec import Evaluation, Parent, TrainSpec
+from rayx.spec import Parent, TrainSpec, require
 from rayx.store import Store
 from rayx.units import train_flops
 
@@ -122,6 +122,10 @@ class Dem:
     search: OmegaSearch = field(default_factory=OmegaSearch)
     objective: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        good = bool(self.sources) and bool(self.lr_shares)
+        require(good, "Dem.sources and lr_shares", (self.sources, self.lr_shares), "some of each")
+
     def run(self, mixture: Mixture, tokens: int, lr_share: float) -> TrainSpec:
         """Return a run from the base: a source's, or one on a mixture to compare with."""
         return self.phases((Phase(mixture, tokens),), lr_share)
@@ -160,16 +164,17 @@ class Dem:
 
         A function of the records and the seed: an interrupted search proposes the same again.
         """
-        specs: list[Spec] = [*self.specs()]
-        for _ in range(1 + (len(self.search.rounds) if self.search.how == "guided" else 1)):
-            ended = store.status()
-            if not all(spec.run_id in ended for spec in specs):
-                return specs
-            specs = [*self.specs(), *self._candidates(store)]
-        return specs
+        specs, ended = self.specs(), store.status()
+        if not all(spec.run_id in ended for spec in specs):
+            return [*specs]
+        return [*specs, *self._candidates(store)]
 
     def decide(self, store: Store) -> EditedModel:
-        """Return the best candidate by the objective, once `proposed` proposes nothing new."""
+        """Return the best candidate by the objective, once `proposed` proposes nothing new.
+
+        Raises:
+            StoreError: A run or a candidate has no record, or all failed.
+        """
         specs = self._candidates(store)
         loss_C = self._losses(store, specs)
         best = specs[int(np.argmin(loss_C))]
@@ -193,10 +198,10 @@ class Dem:
         """Return the merged candidates up to the first round that is not all on record."""
         experts = Experts(tuple(expert.member for expert in self.experts(store)))
 
+        validation = dataclasses.replace(self.base.evaluation, points=1)
+
         def merges(omega_CK: np.ndarray) -> list[MergeSpec]:
-            return [
-                experts.merge(omega_K.tolist(), ADDED, self._validation) for omega_K in omega_CK
-            ]
+            return [experts.merge(omega_K.tolist(), ADDED, validation) for omega_K in omega_CK]
 
         specs = merges(self.search.first(tuple(self.sources)))
         for number in range(1, len(self.search.rounds) if self.search.how == "guided" else 0):
@@ -207,14 +212,13 @@ class Dem:
             specs += merges(self.search.later(number, omega_CK, self._losses(store, specs)))
         return specs
 
-    @property
-    def _validation(self) -> Evaluation:
-        return dataclasses.replace(self.base.evaluation, points=1)
-
     def _losses(self, store: Store, specs: list[MergeSpec]) -> np.ndarray:
         domains = {d: 1.0 for source in self.sources.values() for d in source.mixture}
         objective = self.objective or domains
-        return np.array([mean_loss(store.get(s.run_id).losses, objective) for s in specs])
+        loss_C = np.array([mean_loss(store.get(s.run_id).losses, objective) for s in specs])
+        if not np.isfinite(loss_C).any():
+            raise StoreError("All merged candidates failed; try smaller scales or lr_shares.")
+        return loss_C
 
 
 def best_state(

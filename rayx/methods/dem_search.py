@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayx.errors import StoreError
 from rayx.fit.linear import loo_ridge
 from rayx.spec import require
 
@@ -90,15 +89,10 @@ class OmegaSearch:
         Args:
             number: Later rounds lie nearer to the best.
             omega_CK: Candidates so far.
-            loss_C: Their losses; infinite where a candidate failed.
-
-        Raises:
-            StoreError: All failed.
+            loss_C: Their losses; infinite where a candidate failed, which not all did.
         """
         rng = np.random.default_rng((self.seed, number))
         omega_CK, loss_C = omega_CK[np.isfinite(loss_C)], loss_C[np.isfinite(loss_C)]
-        if not len(loss_C):
-            raise StoreError("All merged candidates failed; try smaller scales or lr_shares.")
         _, predict = loo_ridge(_quadratic, omega_CK, loss_C)
         best_CK = omega_CK[np.argsort(loss_C, kind="stable")[: max(1, len(loss_C) // 4)]]
         pool_CK = best_CK[rng.integers(0, len(best_CK), POOL)]
