@@ -11,7 +11,9 @@ Method:    The base is a finished run on sources in natural proportions. From it
 Cost:      `rayx run experiments/dem.py --dry-run`.
 Run:       rayx run experiments/dem.py
            rayx run experiments/dem.py --set sizes=corpus --store runs/dem-corpus
-Result:    See LOG.md.
+Result:    Sources of very unequal size: DEM is below proportional mixing in 3 of 3 seeds, by .005,
+           at 1/5.6 of the cost of the mixing search; but uniform mixing, which nobody has to
+           search for, is .068 below DEM. See LOG.md.
 """
 
 from __future__ import annotations
@@ -248,8 +250,9 @@ def verdict(found: pd.DataFrame) -> dict[str, object]:
         "verdict": (
             f"DEM was below proportional mixing in {won} of {len(loss['DEM'])} seeds, by "
             f"{gap[PROPORTIONAL].mean():+.4f} bits per byte, at 1/{cost[MIXING] / cost['DEM']:.1f} "
-            f"of the cost of the mixing search, whose best mixture was {gap[MIXING].mean():+.4f} "
-            "from DEM."
+            "of the cost of the mixing search. It was above that search's best mixture by "
+            f"{-gap[MIXING].mean():+.4f}, and above uniform mixing, which takes no search, by "
+            f"{-gap['uniform'].mean():+.4f}."
         ),
     }
 
