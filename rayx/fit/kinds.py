@@ -313,7 +313,11 @@ def _groups(used: pd.DataFrame) -> np.ndarray:
         for column in FAMILY
         if column in used.columns and used.loc[merged_R, column].nunique(dropna=False) > 1
     ]
-    names = [" ".join(map(str, row)) or "merged" for row in used[columns].to_numpy(dtype=object)]
+    said = {"operator": "{}", "expert_set": "experts {}"}
+    names = [
+        " of ".join(said[c].format(v) for c, v in zip(columns, row, strict=True)) or "merged"
+        for row in used[columns].to_numpy(dtype=object)
+    ]
     return np.where(merged_R, np.array(names, dtype=object), "")
 
 
