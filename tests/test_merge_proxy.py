@@ -19,6 +19,8 @@ from rayx.errors import SpecError, StoreError
 from rayx.experiment import load_experiment
 from rayx.merging import MergeSpec
 from rayx.methods.merge_proxy import MergeProxy, agreement, cost_tokens, losses, study
+from rayx.proxy import set_threads, train_pack
+from rayx.proxy.merge.candidates import Merges
 from rayx.record import CurvePoint, Loss, Record
 from rayx.spec import Parent
 
@@ -212,6 +214,34 @@ def test_merges_cost_their_experts_once_and_an_evaluation_each(store):
 def test_general_share_of_one_leaves_nothing_to_learn():
     with pytest.raises(SpecError, match=r"\[0, 1\)"):
         merge_proxy().experts(1.0)
+
+
+def test_merges_of_really_trained_experts_rank_really_trained_mixtures(store, tiny_corpus):
+    set_threads(1)  # on a busy machine threads of so small a model wait for each other
+    usual = merge_proxy()
+    template = dataclasses.replace(
+        usual.template,
+        corpus=tiny_corpus.fingerprint,
+        model=dataclasses.replace(usual.template.model, vocab_size=tiny_corpus.vocab_size),
+        evaluation=Evaluation(points=1, sequences=64),
+    )
+    proxies = dataclasses.replace(
+        usual, template=template, general=Mixture.uniform(TARGETS), branch_tokens=3_200
+    )
+    mixtures, trunk = proxies.hull_mixtures(10, 0.5, 0), proxies.trunk
+    references = [proxies.branch(mixture) for mixture in mixtures]
+    experts = [member.spec for member in proxies.experts(0.5).members]
+    train_pack([trunk], tiny_corpus, store=store, keep={trunk.run_id: [trunk.steps]})
+    ends = {expert.run_id: [expert.steps] for expert in experts}
+    for record in train_pack([*references, *experts], tiny_corpus, store=store, keep=ends):
+        store.put(record)
+    standins, merges = proxies.standins(mixtures, 0.5), Merges()
+    for record in merges.evaluate(standins, merges.load(standins, store), tiny_corpus):
+        store.put(record)
+    found = study(store, standins, references)
+    assert found.least_spearman > 0.8
+    assert abs(found.gap_bpb) < 0.1  # a merge is about as good a model as the trained one
+    assert cost_tokens(store, standins) < cost_tokens(store, references)
 
 
 def planted_bpb(mixture: Mixture, tokens: int) -> np.ndarray:
