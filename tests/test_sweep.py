@@ -320,8 +320,10 @@ def kill_and_resume(corpus, tmp_path, count: int, steps: int) -> tuple[dict, dic
     time.sleep(3)  # Ray's processes end with their driver; runs that they finish still count
     before = {f.name: f.read_bytes() for f in (disturbed / "records").glob("*.json")}
     assert count // 3 <= len(before) < count
+    specs = small_specs(corpus, count, steps)
     for store in (disturbed, quiet):
-        assert drive(corpus, store, count, steps).wait() == 0
+        opened = rayx.open(store, create=True)
+        run_sweep(specs, corpus, opened, train_pack, placement=Placement(pack_size=4))
     for name, content in before.items():
         assert (disturbed / "records" / name).read_bytes() == content  # neither lost nor redone
     records = []
@@ -340,14 +342,16 @@ def assert_equal_results(first: dict, second: dict) -> None:
         assert one["curve"] == other["curve"]  # to the bit
 
 
-def test_driver_killed_and_run_again_gives_the_store_of_an_undisturbed_sweep(tiny_corpus, tmp_path):
+def test_driver_killed_and_run_again_gives_the_store_of_an_undisturbed_sweep(
+    ray_cluster, tiny_corpus, tmp_path
+):
     disturbed, quiet, _ = kill_and_resume(tiny_corpus, tmp_path, 12, steps=150)
     assert len(disturbed) == 12
     assert_equal_results(disturbed, quiet)
 
 
 @pytest.mark.slow
-def test_driver_killed_in_a_sweep_of_64_real_proxies(tiny_corpus, tmp_path):
+def test_driver_killed_in_a_sweep_of_64_real_proxies(ray_cluster, tiny_corpus, tmp_path):
     disturbed, quiet, before = kill_and_resume(tiny_corpus, tmp_path, 64, steps=150)
     assert len(disturbed) == 64 and before >= 21
     assert_equal_results(disturbed, quiet)

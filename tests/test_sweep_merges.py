@@ -266,34 +266,39 @@ def test_estimate_counts_merges_as_evaluations(tiny_corpus):
     assert merged.tokens == trained.tokens and merged.flops == trained.flops
 
 
+@dataclasses.dataclass(frozen=True)
+class SlowMerges(Merges):
+    """Merges that take long enough to be killed among them."""
+
+    def evaluate(self, *arguments, **options):
+        for found in super().evaluate(*arguments, **options):
+            time.sleep(0.1)
+            yield found
+
+
 DRIVER = """
-import sys, logging
-logging.basicConfig(level=20)
-import rayx
-from rayx import Experts
+import sys
 from rayx.corpus import Corpus
-from rayx.proxy import train_pack
-from rayx.proxy.merge.candidates import Merges
-from rayx.sweep import Placement, run_sweep
-from tests.test_sweep_merges import candidates, expert_runs
-corpus = Corpus.load(sys.argv[1])
-specs = candidates(Experts.of(expert_runs(corpus, steps=int(sys.argv[3]))), int(sys.argv[4]))
-run_sweep(specs, corpus, rayx.open(sys.argv[2], create=True), train_pack, merges=Merges(),
-          placement=Placement(pack_size=1))
+from tests.test_sweep_merges import SlowMerges, interrupted
+interrupted(Corpus.load(sys.argv[1]), sys.argv[2], SlowMerges())
 """
+COUNT = 64
 
 
-def drive(corpus, store: Path, steps: int, count: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, corpus.url, str(store), str(steps), str(count)],
+def interrupted(corpus, store: Path | str, merges: Merges) -> None:
+    specs = candidates(Experts.of(expert_runs(corpus, steps=600)), COUNT)
+    opened = rayx.open(store, create=True)
+    run_sweep(specs, corpus, opened, train_pack, merges=merges, placement=Placement(pack_size=1))
+
+
+def killed_at(corpus, store: Path, records: int) -> dict[str, bytes]:
+    """Kill -9 a driver when the store has so many records; return what it holds then."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, corpus.url, str(store)],
         cwd=Path(__file__).parents[1],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         start_new_session=True,
     )
-
-
-def killed_at(driver: subprocess.Popen, store: Path, records: int) -> dict[str, bytes]:
-    """Kill -9 the driver when the store has so many records; return what it holds then."""
     while len(list((store / "records").glob("*.json"))) < records:
         assert driver.poll() is None
         time.sleep(0.02)
@@ -304,25 +309,22 @@ def killed_at(driver: subprocess.Popen, store: Path, records: int) -> dict[str, 
 
 
 def test_killed_in_the_expert_stage_and_in_the_merged_stage_nothing_finished_is_redone(
-    tiny_corpus, tmp_path
+    ray_cluster, tiny_corpus, tmp_path
 ):
-    steps, count = 120, 64
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    in_experts = killed_at(drive(tiny_corpus, disturbed, steps, count), disturbed, 2)
+    in_experts = killed_at(tiny_corpus, disturbed, 2)
     assert 2 <= len(in_experts) < 4  # the trunk and one or two of three experts
-    kept = set((disturbed / "checkpoints").iterdir())
-    in_merges = killed_at(drive(tiny_corpus, disturbed, steps, count), disturbed, 4 + count // 4)
-    assert 4 + count // 4 <= len(in_merges) < 4 + count
-    times = {f.name: f.stat().st_mtime_ns for f in kept}
+    kept = {f: f.stat().st_mtime_ns for f in (disturbed / "checkpoints").iterdir()}
+    assert len(kept) >= 2
+    in_merges = killed_at(tiny_corpus, disturbed, 4 + COUNT // 4)
+    assert 4 + COUNT // 4 <= len(in_merges) < 4 + COUNT
+    assert all(f.stat().st_mtime_ns == then for f, then in kept.items())  # nor trained again
     for store in (disturbed, quiet):
-        assert drive(tiny_corpus, store, steps, count).wait() == 0
-    assert {f.name: f.stat().st_mtime_ns for f in kept if f.exists()}.items() <= times.items()
+        interrupted(tiny_corpus, store, Merges())
     for before in (in_experts, in_merges):
         for name, content in before.items():
             assert (disturbed / "records" / name).read_bytes() == content
     for file in (quiet / "records").glob("*.json"):
-        one, other = (
-            json.loads((s / "records" / file.name).read_text()) for s in (disturbed, quiet)
-        )
-        assert one["curve"] == other["curve"]  # to the bit, in whatever company
-    assert len(list((disturbed / "records").glob("*.json"))) == 4 + count
+        again = json.loads((disturbed / "records" / file.name).read_text())
+        assert again["curve"] == json.loads(file.read_text())["curve"]  # to the bit
+    assert len(list((disturbed / "records").glob("*.json"))) == 4 + COUNT
