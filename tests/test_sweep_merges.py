@@ -291,12 +291,12 @@ def interrupted(corpus, store: Path | str, merges: Merges) -> None:
     run_sweep(specs, corpus, opened, train_pack, merges=merges, placement=Placement(pack_size=1))
 
 
-def killed_at(corpus, store: Path, records: int) -> dict[str, bytes]:
+def killed_at(corpus, store: Path, records: int, address: str) -> dict[str, bytes]:
     """Kill -9 a driver when the store has so many records; return what it holds then."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, corpus.url, str(store)],
         cwd=Path(__file__).parents[1],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
         start_new_session=True,
     )
     while len(list((store / "records").glob("*.json"))) < records:
@@ -304,7 +304,7 @@ def killed_at(corpus, store: Path, records: int) -> dict[str, bytes]:
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    time.sleep(3)  # Ray's processes end with their driver; what they finish still counts
+    time.sleep(3)  # a job's processes end with their driver; what they finish still counts
     return {f.name: f.read_bytes() for f in (store / "records").glob("*.json")}
 
 
@@ -312,11 +312,12 @@ def test_killed_in_the_expert_stage_and_in_the_merged_stage_nothing_finished_is_
     ray_cluster, tiny_corpus, tmp_path
 ):
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    in_experts = killed_at(tiny_corpus, disturbed, 2)
+    address = ray_cluster.get_runtime_context().gcs_address
+    in_experts = killed_at(tiny_corpus, disturbed, 2, address)
     assert 2 <= len(in_experts) < 4  # the trunk and one or two of three experts
     kept = {f: f.stat().st_mtime_ns for f in (disturbed / "checkpoints").iterdir()}
     assert len(kept) >= 2
-    in_merges = killed_at(tiny_corpus, disturbed, 4 + COUNT // 4)
+    in_merges = killed_at(tiny_corpus, disturbed, 4 + COUNT // 4, address)
     assert 4 + COUNT // 4 <= len(in_merges) < 4 + COUNT
     assert all(f.stat().st_mtime_ns == then for f, then in kept.items())  # nor trained again
     for store in (disturbed, quiet):
