@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayx.cli import main, merging
+from rayx.cli import main, output
 
 
 @pytest.fixture
@@ -109,9 +109,9 @@ def test_bad_input_is_one_line_and_exit_2(rayx_merge, arguments, message):
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch, caplog):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(merging.time, "monotonic", lambda: float(next(clock)))
-    with caplog.at_level(logging.INFO), merging.merge_progress() as show:
+    monkeypatch.setattr(output.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO), output.work_progress("merge", "tensors") as show:
         for done in range(1, 5):
             show(done, 8, f"layers.{done}")
-    assert caplog.messages[0] == "merge: 2/8 tensors, 0.1 a second, 60 s left, layers.2"
+    assert caplog.messages[0] == "merge: 2/8 tensors, 0.1 a second, 1m00s left, layers.2"
     assert len(caplog.messages) == 2

@@ -26,7 +26,7 @@ from rayx.cli.options import (
     parse_pairs,
     read_table,
 )
-from rayx.cli.output import fit_progress, grid_of, show_choice, warn
+from rayx.cli.output import grid_of, show_choice, warn, work_progress
 from rayx.corpus import Corpus
 from rayx.errors import SpecError, did_you_mean
 from rayx.fit import Table, fit_table, normalised_objective
@@ -115,7 +115,7 @@ def choose(
     priced = _supply(discount, tokens, supply if opened else None, table) if discount else None
     goals = parse_goals(pareto, table) if pareto else None
     kept = open_store(store) if store else None
-    with fit_progress() as shown:
+    with work_progress("fit", "regressors") as shown:
         fitted = fit_table(table, regressor, seed, shown)
     if goals is not None:
         problem = prepare(

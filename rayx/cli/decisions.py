@@ -20,7 +20,7 @@ from rayx.cli.options import (
     WeightsOption,
     read_table,
 )
-from rayx.cli.output import check_folder, fit_progress, grid_of, warn, write_text
+from rayx.cli.output import check_folder, grid_of, warn, work_progress, write_text
 from rayx.errors import FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, join_kinds, largest_scale
 from rayx.report import render
@@ -45,7 +45,7 @@ def fit(
         raise SpecError("--test-weights and --test-losses go together; give both or neither.")
     table = read_table(store, weights, losses)
     test = Table.from_csv(test_weights, test_losses) if test_weights and test_losses else None
-    with fit_progress() as shown:
+    with work_progress("fit", "regressors") as shown:
         result = evaluate_fit(table, test, regressor, seed, shown)
     if table.joint:
         result["kinds"] = table.joint.to_json()
@@ -102,7 +102,7 @@ def report(
     fitted_runs = plan["provenance"]["run_ids"] if plan else largest_scale(runs)["run_id"]
     try:
         table = join_kinds(runs.loc[runs["run_id"].isin(fitted_runs)])
-        with fit_progress() as shown:
+        with work_progress("fit", "regressors") as shown:
             fitted = fit_table(table, progress=shown)
     except FitError as error:  # too few runs yet: the page says what there is
         warn([f"nothing could be fitted: {error}"])

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from rayx.cli.options import JsonOption
-from rayx.cli.output import LOG_SECONDS, check_folder, grid_of, warn
+from rayx.cli.output import check_folder, grid_of, warn, work_progress
 from rayx.cli.rows import Rows, read_merge_weights
 from rayx.corpus import Corpus
 from rayx.errors import SpecError
 from rayx.merge_operator import OPERATORS, Operator
-from rayx.progress import duration
 from rayx.recipe import Evaluation
 
 if TYPE_CHECKING:
     from rayx.proxy.models import Model
     from rayx.record import Loss
-
-log = logging.getLogger(__name__)
 
 SHOWN = 20  # rows of the table that is printed
 
@@ -124,11 +118,11 @@ def evaluate(
         found = _one_by_one(loaded, left)
     else:
         found = _candidates(merged.losses, merged.together, rows_of, left)
-    with _progress(len(left)) as advance:
+    with work_progress("evaluate", "models") as show:
         for row_id, losses in found:
             details[row_id] = losses
             rows.append(row_id, {target: loss.bpb for target, loss in losses.items()})
-            advance()
+            show(len(details), len(left), row_id)
     values = {row_id: rows.values[row_id] for row_id in rows_of}
     broken = [i for i, row in values.items() if not all(map(math.isfinite, row.values()))]
     if broken:
@@ -180,31 +174,6 @@ def _candidates(
     for start in range(0, len(ids), together):
         some = ids[start : start + together]
         yield from zip(some, losses(np.array([weights[i] for i in some])), strict=True)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Yield what is called after each row; it shows rows done, their rate and the time left."""
-    console = Console(stderr=True)
-    started = last = time.monotonic()
-    done = 0
-    columns = (TextColumn("evaluate"), BarColumn(), TextColumn("{task.description}"))
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(f"0/{total}", total=total)
-
-        def advance() -> None:
-            nonlocal done, last
-            done += 1
-            now = time.monotonic()
-            rate = done / max(now - started, 1e-9)
-            text = f"{done}/{total}, {rate:.3g}/s, {duration((total - done) / rate)} left"
-            bar.update(task, completed=done, description=text)
-            if hidden and now - last > LOG_SECONDS:
-                last = now
-                log.info("evaluate: %s", text)
-
-        yield advance
 
 
 def _rows_json(

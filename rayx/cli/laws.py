@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from rayx.cli.options import JsonOption, SeedOption, parse_numbers
-from rayx.cli.output import check_folder, fit_progress, grid_of, warn
+from rayx.cli.output import check_folder, grid_of, warn, work_progress
 from rayx.errors import FitError, SpecError, did_you_mean
 from rayx.fit.laws import Law, LawTable, choose_law, extrapolate, laws
 from rayx.store import open_store
@@ -62,7 +62,7 @@ def law(
     table = _table(store, runs, target, rename, group)
     settings: dict[str, Any] = {"drop_highest": drop_highest, "bootstrap": bootstrap, "seed": seed}
     tried: dict[str, Any] = {}
-    with fit_progress() as shown:
+    with work_progress("fit", "regressors") as shown:
         if name == "auto":
             candidates = {
                 n: make(**settings)

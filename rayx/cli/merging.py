@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import resource
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from rayx.cli.options import JsonOption, SeedOption, parse_numbers
-from rayx.cli.output import LOG_SECONDS, warn
+from rayx.cli.output import warn, work_progress
 from rayx.errors import SpecError
 from rayx.merge_operator import OPERATORS, Operator
-
-log = logging.getLogger(__name__)
 
 BaseOption = Annotated[
     str | None, typer.Option(help="What the experts start from; also gives config and tokenizer.")
@@ -71,7 +56,7 @@ def merge(
     by_name = parse_numbers("--weights", weights) or dict.fromkeys(experts, 1.0)
     from rayx.proxy.merge.files import merge_files  # torch, which most commands do without
 
-    with merge_progress() as show:
+    with work_progress("merge", "tensors") as show:
         shard_bytes = int(max_shard_gb * 1e9)
         merged = merge_files(experts, by_name, chosen, base, out, shard_bytes, on_tensor=show)
     peak = _peak_bytes()
@@ -88,31 +73,6 @@ def merge(
         source = "the base" if base else f"expert {next(iter(experts))!r}"
         typer.echo(f"from {source}: {', '.join(merged.copied)}")
     warn(merged.warnings)
-
-
-@contextmanager
-def merge_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a callback that shows done/total tensors, the rate and the time left."""
-    console = Console(stderr=True)
-    columns = (TextColumn("merge"), BarColumn(), MofNCompleteColumn(),
-               TaskProgressColumn(show_speed=True), TimeRemainingColumn())  # fmt: skip
-    began = last = time.monotonic()
-    with Progress(*columns, TextColumn("{task.description}"), console=console,
-                  transient=True, disable=not console.is_terminal) as bar:  # fmt: skip
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            nonlocal last
-            bar.update(task, completed=done, total=total, description=name)
-            now = time.monotonic()
-            if not console.is_terminal and now - last > LOG_SECONDS:
-                last, rate = now, done / (now - began)
-                log.info(
-                    "merge: %d/%d tensors, %.1f a second, %.0f s left, %s",
-                    done, total, rate, (total - done) / rate, name,
-                )  # fmt: skip
-
-        yield show
 
 
 def _experts(given: list[str]) -> dict[str, str]:

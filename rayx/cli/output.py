@@ -14,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -21,6 +22,7 @@ from rich.table import Table as Grid
 
 from rayx.choose import Choice
 from rayx.errors import SpecError
+from rayx.progress import duration
 from rayx.split import SplitChoice
 
 log = logging.getLogger(__name__)
@@ -53,21 +55,24 @@ def grid_of(*columns: str) -> Grid:
 
 
 @contextmanager
-def fit_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a callback for `fit_table` that shows done/total, what and the time left."""
+def work_progress(what: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a callback (done, total, which) that shows them, the rate and the time left."""
     console = Console(stderr=True)
-    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    last = time.monotonic()
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(),
+               TaskProgressColumn(show_speed=True), TimeRemainingColumn())  # fmt: skip
+    began = last = time.monotonic()
     with Progress(*columns, TextColumn("{task.description}"), console=console,
                   transient=True, disable=not console.is_terminal) as bar:  # fmt: skip
         task = bar.add_task("", total=None)
 
-        def show(done: int, total: int, what: str) -> None:
+        def show(done: int, total: int, which: str) -> None:
             nonlocal last
-            bar.update(task, completed=done, total=total, description=what)
-            if not console.is_terminal and time.monotonic() - last > LOG_SECONDS:
-                last = time.monotonic()
-                log.info("fit: %d/%d, %s", done, total, what)
+            bar.update(task, completed=done, total=total, description=which)
+            now = time.monotonic()
+            if done and not console.is_terminal and now - last > LOG_SECONDS:
+                last, rate = now, done / (now - began)
+                log.info("%s: %d/%d %s, %.3g a second, %s left, %s", what, done, total, unit,
+                         rate, duration((total - done) / rate), which)  # fmt: skip
 
         yield show
 
