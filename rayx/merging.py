@@ -182,12 +182,8 @@ class MergeSpec:
     @property
     def parents(self) -> tuple[Parent, ...]:
         """The states that it is made of."""
-        base = self.experts.base
-        return (
-            (*self.experts.members, base)
-            if base and self.operator.needs_base
-            else (self.experts.members)
-        )
+        members, base = self.experts.members, self.experts.base
+        return (*members, base) if base and self.operator.needs_base else members
 
     @property
     def corpus(self) -> str:
@@ -237,9 +233,9 @@ class MergeSpec:
 
     @property
     def pack_key(self) -> str:
-        """Candidates with equal keys can share a pack: all but the weights and the operator."""
-        evaluation = self.evaluation.to_json()
-        return json.dumps({"kind": "merge", "experts": self.expert_set_id, **evaluation})
+        """Candidates with equal keys can share a pack: what is loaded and evaluated is the same."""
+        loaded = {"experts": self.expert_set_id, "base": self.operator.needs_base}
+        return json.dumps({"kind": "merge", **loaded, **self.evaluation.to_json()})
 
     def columns(self) -> dict[str, Any]:
         """Return the spec's columns of `Store.runs`."""

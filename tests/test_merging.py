@@ -78,6 +78,14 @@ def test_an_operator_is_told_apart_by_what_is_not_usual():
     assert EXPERTS.merge((1, 1, 1), texts[1]).columns()["operator"] == "ties(density=0.2)"
 
 
+def test_candidates_that_need_the_base_are_packed_apart_from_those_that_do_not():
+    # A trial loads the experts once for its pack, with or without their base.
+    ties = EXPERTS.merge((1, 1, 1), Operator(name="ties", density=0.2))
+    edited = EXPERTS.merge((1, 1, 1), Operator(name="task_arithmetic"))
+    assert ties.pack_key == edited.pack_key != MERGED.pack_key
+    assert MERGED.pack_key == EXPERTS.merge((0.3, 0.2, 0.5)).pack_key
+
+
 def test_specs_records_and_pickles_come_back_equal():
     again = spec_from_json(json.loads(json.dumps(MERGED.to_json())))
     assert again == MERGED and again.run_id == MERGED.run_id and hash(again) == hash(MERGED)

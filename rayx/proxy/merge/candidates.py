@@ -56,7 +56,7 @@ class Merges:
         experts = specs[0].experts
         members = [read_checkpoint(store, member).parameters for member in experts.members]
         base = None
-        if experts.base is not None and any(spec.operator.needs_base for spec in specs):
+        if experts.base is not None and specs[0].operator.needs_base:
             base = {
                 n: t.numpy() for n, t in read_checkpoint(store, experts.base).parameters.items()
             }
