@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rayx.distillation import Distillation
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Schedule
+from rayx.policy import Policy, policy_from_json, policy_parents, policy_to_json
 from rayx.recipe import (
     Evaluation,
     LrSchedule,
@@ -28,6 +30,7 @@ from rayx.recipe import (
 from rayx.units import train_flops
 
 __all__ = [
+    "Distillation",
     "Evaluation",
     "LrSchedule",
     "ModelShape",
@@ -65,6 +68,15 @@ class Parent:
         name = f"checkpoints/{self.spec.run_id}-{self.steps}.safetensors"
         object.__setattr__(self, "checkpoint", name)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data from which `from_json` makes an equal parent."""
+        return {"spec": self.spec.to_json(), "steps": self.steps}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Parent:
+        """Read what `to_json` wrote."""
+        return cls(TrainSpec.from_json(data["spec"]), data["steps"])
+
     @property
     def path_steps(self) -> int:
         """Optimizer steps since the first ancestor's start."""
@@ -79,7 +91,8 @@ class TrainSpec:
     `seed` draws the initial parameters, `data_seed` the order in which each domain is read. By
     default both are shared by all runs of a sweep (common random numbers), so that differences
     between mixtures are not drowned by noise; replicates change both. With a `parent` the run is a
-    branch: it starts from the parent's state instead of from `seed`.
+    branch: it starts from the parent's state instead of from `seed`. With a `policy` the schedule
+    is one phase, the policy's prior, and the mixture is set while the run goes on.
     """
 
     corpus: str  # fingerprint
@@ -91,6 +104,8 @@ class TrainSpec:
     evaluation: Evaluation = field(default_factory=Evaluation)
     precision: Precision = Precision.FLOAT32
     parent: Parent | None = None
+    policy: Policy | None = None
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         precision = member(Precision, "TrainSpec.precision", self.precision)
@@ -145,6 +160,25 @@ class TrainSpec:
                     getattr(self, name),
                     f"that of its parent ({theirs!r})",
                 )
+        if self.policy is not None:
+            ok = hasattr(self.policy, "blocks") and dataclasses.is_dataclass(self.policy)
+            require(ok, "TrainSpec.policy", self.policy, "a policy, see rayx.policies")
+            phases, prior = self.schedule.phases, dict(self.mixture)
+            require(len(phases) == 1, "TrainSpec.schedule", phases, "one phase, beside a policy")
+            ok = len(prior) > 1
+            require(ok, "The mixture that a policy starts from", prior, "two domains or more")
+        if self.distillation is not None:
+            ok = isinstance(self.distillation, Distillation)
+            require(ok, "TrainSpec.distillation", self.distillation, "a Distillation")
+        for other in self.parents[bool(self.parent) :]:
+            mine = (self.corpus, self.model.vocab_size, self.model.context)
+            theirs = other.spec.corpus, other.spec.model.vocab_size, other.spec.model.context
+            require(
+                mine == theirs,
+                "Corpus, vocabulary and context of a reference or teacher",
+                theirs,
+                f"those of the run, {mine}",
+            )
 
     @property
     def batch_tokens(self) -> int:
@@ -182,13 +216,17 @@ class TrainSpec:
 
     @property
     def mixture(self) -> Mixture:
-        """The average mixture of its own schedule."""
+        """The average mixture of its own schedule; a policy's prior."""
         return self.schedule.average()
 
     @property
     def parents(self) -> tuple[Parent, ...]:
-        """The states that it starts from: one or none."""
-        return (self.parent,) if self.parent else ()
+        """The states that it reads: its parent's, its policy's references' and its teacher's."""
+        return (
+            *((self.parent,) if self.parent else ()),
+            *(policy_parents(self.policy) if self.policy else ()),
+            *((self.distillation.teacher,) if self.distillation else ()),
+        )
 
     @property
     def path(self) -> tuple[TrainSpec, ...]:
@@ -210,10 +248,11 @@ class TrainSpec:
 
     @property
     def pack_key(self) -> str:
-        """Runs with equal keys can share a pack: all but mixture, rate, decay, seeds and parent."""
+        """Runs with equal keys can share a pack: mixture, policy, rates, seeds and parent differ."""
         data = self.to_json()
         for name in ("schedule", "seed", "data_seed"):
             del data[name]
+        data.pop("policy", None)
         del data["optimizer"]["lr"], data["optimizer"]["weight_decay"]
         if self.parent is not None:
             data["parent"] = self.parent.path_steps  # Adam's bias correction is the pack's
@@ -230,6 +269,7 @@ class TrainSpec:
             "parent": self.parent.spec.run_id if self.parent else None,
             "expert_set": None,
             "operator": None,
+            "policy": self.policy.name if self.policy else None,
             "seed": self.seed,
             "data_seed": self.data_seed,
             "layers": self.model.layers,
@@ -243,12 +283,16 @@ class TrainSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data from which `from_json` makes an equal spec."""
-        parent = self.parent
+        optional: dict[str, Any] = {}  # left out where there is none
+        if self.parent is not None:
+            optional["parent"] = self.parent.to_json()
+        if self.policy is not None:
+            optional["policy"] = policy_to_json(self.policy)
+        if self.distillation is not None:
+            optional["distillation"] = self.distillation.to_json()
         return {
             "kind": "train",
-            **(
-                {"parent": {"spec": parent.spec.to_json(), "steps": parent.steps}} if parent else {}
-            ),
+            **optional,
             "corpus": self.corpus,
             "model": dataclasses.asdict(self.model),
             "schedule": self.schedule.to_json(),
@@ -272,10 +316,19 @@ class TrainSpec:
         try:
             if data["kind"] != "train":
                 raise SpecError(f"Spec has kind {data['kind']!r}; expected 'train'.")
-            unknown = set(data) - {"kind", *(f.name for f in dataclasses.fields(cls))}
+            unknown = set(data) - {"kind", *(f.name for f in fields(cls))}
             if unknown:
                 raise SpecError(f"Spec has fields {sorted(unknown)} that this rayx does not know.")
-            parent = data.get("parent")
+            optional: dict[str, Any] = {}
+            if "parent" in data:
+                optional["parent"] = Parent.from_json(data["parent"])
+            if "policy" in data:
+                optional["policy"] = policy_from_json(data["policy"])
+            if "distillation" in data:
+                teacher = Parent.from_json(data["distillation"]["teacher"])
+                optional["distillation"] = Distillation(
+                    **data["distillation"] | {"teacher": teacher}
+                )
             return cls(
                 corpus=data["corpus"],
                 model=ModelShape(**data["model"]),
@@ -285,7 +338,7 @@ class TrainSpec:
                 data_seed=data["data_seed"],
                 evaluation=Evaluation(**data["evaluation"]),
                 precision=Precision(data["precision"]),
-                parent=Parent(cls.from_json(parent["spec"]), parent["steps"]) if parent else None,
+                **optional,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(

@@ -9,7 +9,7 @@ Legend: R runs, B sequences, T context, D width, V vocabulary, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ def _norm(x: Tensor, gain_RD: Tensor) -> Tensor:
 
 
 def token_losses(
-    parameters: dict[str, Tensor], shape: ModelShape, rotary: Rotary, tokens: Tensor
+    parameters: Mapping[str, Tensor], shape: ModelShape, rotary: Rotary, tokens: Tensor
 ) -> Tensor:
     """Return the loss of each predicted token.
 
@@ -102,29 +102,55 @@ def token_losses(
     Returns:
         Cross-entropy in nats, shape (R, B, T), float32.
     """
-    runs, batch, length = tokens.shape[0], tokens.shape[1], tokens.shape[2] - 1
+    logits = token_logits(parameters, shape, rotary, tokens[:, :, :-1])
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 2), tokens[:, :, 1:].flatten(), reduction="none"
+    )
+    return losses.view(logits.shape[:3])
+
+
+def token_logits(
+    parameters: Mapping[str, Tensor],
+    shape: ModelShape,
+    rotary: Rotary,
+    inputs: Tensor,
+    product: Callable[[Tensor, Tensor, str], Tensor] = lambda x, weight, name: torch.bmm(x, weight),
+) -> Tensor:
+    """Return the next token's logits at each position, shape (R, B, T, V).
+
+    Args:
+        parameters: Name -> tensor of shape (R, ...). A `head` is used also where the shape ties it
+            to the embedding, so that a signal can tell the two apart.
+        shape: The model's shape.
+        rotary: Its position tables.
+        inputs: Token ids, shape (R, B, T).
+        product: Multiplies x, shape (R, B T, in), by the named weight, shape (R, in, out).
+    """
+    runs, batch, length = inputs.shape
     width, head_width = shape.width, shape.width // shape.heads
-    inputs, targets = tokens[:, :, :-1], tokens[:, :, 1:]
 
     embedding = parameters["embedding"]
-    first_rows = torch.arange(runs, device=tokens.device)[:, None, None] * shape.vocab_size
+    first_rows = torch.arange(runs, device=inputs.device)[:, None, None] * shape.vocab_size
     x = F.embedding((inputs + first_rows).flatten(), embedding.flatten(0, 1))
     x = x.view(runs, batch * length, width)
     for layer in range(shape.layers):
         p = {n: parameters[f"layers.{layer}.{n}"] for n in _LAYER_NAMES}
-        qkv = torch.bmm(_norm(x, p["attention_norm"]), p["qkv"])
+
+        def times(x: Tensor, name: str, layer: int = layer, p: dict[str, Tensor] = p) -> Tensor:
+            return product(x, p[name], f"layers.{layer}.{name}")
+
+        qkv = times(_norm(x, p["attention_norm"]), "qkv")
         qkv = qkv.view(runs * batch, length, 3, shape.heads, head_width).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
             rotary(qkv[0]), rotary(qkv[1]), qkv[2], is_causal=True
         )
         mixed = mixed.transpose(1, 2).reshape(runs, batch * length, width)
-        x = x + torch.bmm(mixed, p["attention_out"])
-        gate, up = torch.bmm(_norm(x, p["ffn_norm"]), p["gate_up"]).chunk(2, dim=-1)
-        x = x + torch.bmm(F.silu(gate) * up, p["down"])
-    head = embedding if shape.tied_embeddings else parameters["head"]
-    logits = torch.bmm(_norm(x, parameters["norm"]), head.transpose(1, 2))
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(runs, batch, length)
+        x = x + times(mixed, "attention_out")
+        gate, up = times(_norm(x, p["ffn_norm"]), "gate_up").chunk(2, dim=-1)
+        x = x + times(F.silu(gate) * up, "down")
+    head = parameters.get("head", embedding)
+    logits = product(_norm(x, parameters["norm"]), head.transpose(1, 2), "head")
+    return logits.view(runs, batch, length, shape.vocab_size)
 
 
 _LAYER_NAMES = ("attention_norm", "qkv", "attention_out", "ffn_norm", "gate_up", "down")
