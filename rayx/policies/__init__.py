@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-POLICIES: dict[str, Any] = {}
+from rayx.policies.dga import DGA
+
+POLICIES: dict[str, Any] = {"dga": DGA}
