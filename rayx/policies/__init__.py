@@ -5,5 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rayx.policies.dga import DGA
+from rayx.policies.tikmix import InfluenceSurvey, TiKMiXD
 
-POLICIES: dict[str, Any] = {"dga": DGA}
+POLICIES: dict[str, Any] = {
+    "dga": DGA,
+    "influence-survey": InfluenceSurvey,
+    "tikmix-d": TiKMiXD,
+}
