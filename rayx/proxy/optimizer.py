@@ -48,13 +48,15 @@ class PackedAdamW:
         first: dict[str, Tensor],
         second: dict[str, Tensor],
         specs: Sequence[TrainSpec],
+        updates: int | None = None,
     ) -> None:
         self.parameters, self.first, self.second = parameters, first, second
         self.optimizer = specs[0].optimizer  # all but lr and weight_decay agree in a pack
         device = parameters["norm"].device
         self.lr_R = torch.tensor([s.optimizer.lr for s in specs], device=device)
         self.decay_R = torch.tensor([s.optimizer.weight_decay for s in specs], device=device)
-        self.updates = specs[0].parent.path_steps if specs[0].parent else 0
+        before = specs[0].parent.path_steps if specs[0].parent else 0
+        self.updates = before if updates is None else updates  # that are in the moments
 
     @property
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
