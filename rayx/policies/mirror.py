@@ -9,12 +9,37 @@ Legend: K domains, N gradients.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
+
+from rayx.recipe import is_int, is_number, require
 
 log = logging.getLogger(__name__)
 
 FLAT = 1e-12  # scores closer than this share of the largest are equal
+
+
+def check(
+    policy: Any,
+    *,
+    counts: tuple[str, ...] = (),
+    positive: tuple[str, ...] = (),
+    shares: tuple[str, ...] = (),
+) -> None:
+    """Check fields of a policy: integers > 0, numbers > 0, shares in [0, 1].
+
+    Raises:
+        SpecError: One is not.
+    """
+    for names, ok, expected in (
+        (counts, lambda v: is_int(v) and v > 0, "an integer > 0"),
+        (positive, lambda v: is_number(v) and v > 0, "a number > 0"),
+        (shares, lambda v: is_number(v) and 0 <= v <= 1, "a share in [0, 1]"),
+    ):
+        for name in names:
+            value = getattr(policy, name)
+            require(ok(value), f"{type(policy).__name__}.{name}", value, expected)
 
 
 def tells_apart(score_K: np.ndarray, policy: str, step: int) -> bool:
