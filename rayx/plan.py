@@ -72,7 +72,7 @@ class Plan:
             caps=dict(caps),
             corpus=corpus.fingerprint,
             choice=json.loads(choice.to_json()),
-            provenance=_provenance(store, run_ids),
+            provenance=provenance(store, run_ids),
         )
 
     @classmethod
@@ -106,7 +106,7 @@ class Plan:
             caps={},
             corpus=corpus.fingerprint,
             choice=json.loads(choice.to_json()),
-            provenance=_provenance(store, run_ids),
+            provenance=provenance(store, run_ids),
         )
 
     def specs(self, template: TrainSpec) -> dict[str, TrainSpec]:
@@ -160,7 +160,8 @@ class Plan:
             raise SpecError(f"Plan cannot be read: {error!r}.") from error
 
 
-def _provenance(store: Store, run_ids: Sequence[str]) -> dict[str, Any]:
+def provenance(store: Store, run_ids: Sequence[str]) -> dict[str, Any]:
+    """Return where a plan's evidence is: store, runs (their hash and ids), version and time."""
     return {
         "store": store.url,
         "runs": hashlib.sha256(",".join(sorted(run_ids)).encode()).hexdigest()[:16],

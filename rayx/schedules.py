@@ -1,5 +1,8 @@
 """Schedules: fixed plans of the mixture over a run, written as phases in order.
 
+Runs whose schedules begin alike share their beginning (`on_trunk`), so that trying many ends costs
+little.
+
 Shapes: K domains.
 """
 
@@ -11,10 +14,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rayx.branching import make_branch, make_trunk
 from rayx.caps import check_domains, is_share, require_positive
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Phase, Schedule, epochs, largest_remainder
 from rayx.recipe import is_int, require
+from rayx.spec import TrainSpec
 
 
 def tempered(weights_K: np.ndarray, tau: float) -> np.ndarray:
@@ -169,3 +174,39 @@ def schedule_epochs(
                 "its weight, shorten its phase or train on fewer tokens."
             )
     return passes
+
+
+def on_trunk(template: TrainSpec, schedule: Schedule) -> TrainSpec:
+    """Return the run of a schedule as a branch of a trunk on its first mixture.
+
+    Equal, to the bit, to the template on that schedule in one go. Schedules of one template that
+    begin with the same mixture have the same trunk, which a sweep trains once.
+
+    Args:
+        template: The whole run: its tokens, and a WSD rate with a decay share in (0, 1). Its own
+            schedule is replaced.
+        schedule: Phases that add up to the template's tokens.
+
+    Raises:
+        SpecError: The schedule has other tokens than the template; or as `make_branch`.
+    """
+    expected = f"those of the template, {template.schedule.tokens:,}"
+    ok = schedule.tokens == template.schedule.tokens
+    require(ok, "The tokens of a schedule", schedule.tokens, expected)
+    first, *rest = schedule.phases
+    decay_share = template.optimizer.decay_share
+    # Two batches more than where the decay begins: phases are rounded to steps each by itself.
+    trunk_tokens = round((1.0 - decay_share) * schedule.tokens) + 2 * template.batch_tokens
+    trunk = make_trunk(template, first.mixture, trunk_tokens)
+    return make_branch(trunk, first.tokens, tuple(rest), decay_share)
+
+
+def without(mixture: Mixture, domain: str) -> Mixture:
+    """Return the mixture with a domain left out and the others in their old proportions.
+
+    Raises:
+        SpecError: The domain is not in the mixture, or alone in it.
+    """
+    expected = f"one of several in the mixture: {', '.join(mixture)}"
+    require(domain in mixture and len(mixture) > 1, "The domain to drop", domain, expected)
+    return Mixture({d: weight for d, weight in mixture.items() if d != domain})
