@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from rayx.errors import ChoiceError
 from rayx.mixture import Mixture
@@ -69,6 +70,8 @@ def penalty(
     return alpha * mixed_MP.std(axis=1) - beta * mixed_MP.sum(axis=1) - gamma * entropy_M
 
 
+# Small systems: on a busy machine threads of BLAS wait for each other (.02 s became 1 s).
+@threadpool_limits.wrap(limits=1)
 def dynamic_weights(
     influence_PK: np.ndarray,
     prior_K: np.ndarray,
@@ -120,8 +123,7 @@ def dynamic_weights(
         return scaled_PK.T @ (alpha * std_P - beta) + gamma * entropy_K
 
     ones_K = np.ones(num_domains)
-    best_K = prior_K
-    for start_K in (ones_K / num_domains, prior_K):  # the second where the first is not feasible
+    for start_K in (ones_K / num_domains, prior_K):  # the second where the first leads nowhere
         found = minimize(
             value,
             start_K,
@@ -130,16 +132,19 @@ def dynamic_weights(
             bounds=[(0.0, 1.0)] * num_domains,
             constraints=[
                 {"type": "eq", "fun": lambda w_K: w_K.sum() - 1.0, "jac": lambda _: ones_K},
-                {"type": "ineq", "fun": lambda w_K: scaled_PK @ (w_K - prior_K),
-                 "jac": lambda _: scaled_PK},
+                {
+                    "type": "ineq",
+                    "fun": lambda w_K: scaled_PK @ (w_K - prior_K),
+                    "jac": lambda _: scaled_PK,
+                },
             ],
             options={"maxiter": 500, "ftol": 1e-10},
-        )  # fmt: skip
+        )
         weights_K = np.maximum(found.x, 0.0) / np.maximum(found.x, 0.0).sum()
         kept = (scaled_PK @ (weights_K - prior_K)).min() >= -TOLERANCE
-        if kept and value(weights_K) < value(best_K) - TOLERANCE:
-            best_K = weights_K
-    return best_K
+        if kept and value(weights_K) < value(prior_K) - TOLERANCE:
+            return weights_K
+    return prior_K
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
