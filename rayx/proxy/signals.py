@@ -11,7 +11,7 @@ order, N sequences of a probe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ CHUNK_BYTES = 2**30  # memory of the copies that one pass holds: parameters, gra
 SKETCH = 8192  # numbers that a projected gradient is kept in
 
 Tensors = Mapping[str, Tensor]
+Tap = Callable[[str, Tensor, Tensor], None]
 
 
 @torch.no_grad()
@@ -200,6 +201,7 @@ def mean_gradients(
     rotary: Rotary,
     tokens_CBT: Tensor,
     names: set[str] | None = None,
+    tap: Tap | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradients of each copy's mean loss, nats per token: name -> shape (C, ...).
 
@@ -211,12 +213,27 @@ def mean_gradients(
         rotary: Its position tables.
         tokens_CBT: Token ids, shape (C, B, T + 1).
         names: Whose gradients; None for all.
+        tap: Called for each matrix product x W with W's name, x, shape (C, B T, in), and the
+            gradient with respect to the product, shape (C, B T, out).
     """
     leaves = {n: p.detach().requires_grad_(not names or n in names) for n, p in parameters.items()}
     wanted = {n: leaf for n, leaf in leaves.items() if leaf.requires_grad}
-    logits = token_logits(leaves, shape, rotary, tokens_CBT[:, :, :-1])
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def product(x: Tensor, weight: Tensor, name: str) -> Tensor:
+        result = torch.bmm(x, weight)
+        if tap is not None:
+            inputs[name], outputs[name] = x.detach(), result
+        return result
+
+    logits = token_logits(leaves, shape, rotary, tokens_CBT[:, :, :-1], product)
     loss = copy_losses(logits, tokens_CBT).sum()
-    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+    gradients = torch.autograd.grad(loss, [*wanted.values(), *outputs.values()])
+    if tap is not None:
+        for name, gradient in zip(outputs, gradients[len(wanted) :], strict=True):
+            tap(name, inputs[name], gradient)
+    return dict(zip(wanted, gradients[: len(wanted)], strict=True))
 
 
 def copy_losses(logits: Tensor, tokens_CBT: Tensor) -> Tensor:
@@ -252,11 +269,15 @@ class _Sketch:
 
 def _forward(parameters: Tensors, shape: ModelShape, rotary: Rotary, tokens_RSBT: Tensor) -> Tensor:
     """Return the loss of each token, shape (R, S, B T), float64, a few sequences at a time."""
-    runs, sources = tokens_RSBT.shape[:2]
-    sequence_bytes = runs * _activation_bytes(shape, tokens_RSBT.shape[-1])
-    parts = tokens_RSBT.flatten(1, 2).split(max(1, int(CHUNK_BYTES / sequence_bytes)), dim=1)
+    parts = sequence_parts(shape, tokens_RSBT.flatten(1, 2))
     losses = [token_losses(parameters, shape, rotary, part) for part in parts]
-    return torch.cat(losses, dim=1).view(runs, sources, -1).double()
+    return torch.cat(losses, dim=1).view(*tokens_RSBT.shape[:2], -1).double()
+
+
+def sequence_parts(shape: ModelShape, tokens_RNT: Tensor) -> tuple[Tensor, ...]:
+    """Return sequences of R runs, shape (R, N, T + 1), in parts that CHUNK_BYTES hold."""
+    sequence_bytes = len(tokens_RNT) * _activation_bytes(shape, tokens_RNT.shape[2])
+    return tokens_RNT.split(max(1, int(CHUNK_BYTES / sequence_bytes)), dim=1)
 
 
 def _rows(shape: ModelShape, tokens_RSBT: Tensor) -> tuple[Tensor, ...]:
