@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayx.policies.agent import Agent
 from rayx.policies.aioli import Aioli
 from rayx.policies.dga import DGA
 from rayx.policies.doge import DoGE
@@ -14,6 +15,7 @@ from rayx.policies.skill_it import SkillIt
 from rayx.policies.tikmix import InfluenceSurvey, TiKMiXD
 
 POLICIES: dict[str, Any] = {
+    "agent": Agent,
     "aioli": Aioli,
     "dga": DGA,
     "doge": DoGE,
