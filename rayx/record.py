@@ -12,7 +12,9 @@ from typing import Any
 
 from rayx.errors import SpecError
 from rayx.merging import Spec, spec_from_json
-from rayx.spec import FORMAT
+from rayx.mixture import Mixture
+from rayx.policy import Decision
+from rayx.spec import FORMAT, TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ class Record:
     started: str  # UTC, ISO 8601
     finished: str
     failure: Failure | None = None
+    decisions: tuple[Decision, ...] = ()  # of its policy, in order
+    signal_seconds: float = 0.0  # of `seconds`, what measuring the policy's signals took
+    signal_flops: float = 0.0  # of `flops`, the same
 
     @property
     def run_id(self) -> str:
@@ -73,6 +78,19 @@ class Record:
     def status(self) -> str:
         """`ok` or `failed`."""
         return "failed" if self.failure else "ok"
+
+    @property
+    def mixture(self) -> Mixture:
+        """The average mixture that it was trained on: the spec's, or what its policy made of it."""
+        if not self.decisions:
+            return self.spec.mixture
+        total: dict[str, float] = {}
+        assert isinstance(self.spec, TrainSpec), "merged candidates have no policy"
+        ends = [*(decision.step for decision in self.decisions[1:]), self.spec.steps]
+        for decision, end in zip(self.decisions, ends, strict=True):
+            for domain, weight in decision.weights.items():
+                total[domain] = total.get(domain, 0.0) + weight * (end - decision.step)
+        return Mixture(total)
 
     @property
     def losses(self) -> dict[str, Loss]:
@@ -86,8 +104,11 @@ class Record:
             "status": self.status,
             "failure": self.failure.message if self.failure else None,
             **self.spec.columns(),
+            **{f"weight/{d}": w for d, w in self.mixture.items()},
             "flops": self.flops,
             "seconds": self.seconds,
+            "signal_flops": self.signal_flops,
+            "signal_seconds": self.signal_seconds,
             "pack_id": self.pack_id,
             "pack_runs": self.pack_runs,
             "device": self.device,
@@ -116,12 +137,32 @@ class Record:
             for target, loss in point.losses.items()
         ]
 
+    def decision_rows(self) -> list[dict[str, Any]]:
+        """Return what its policy decided as rows of `Store.decisions`: one per step and domain."""
+        if not self.decisions:
+            return []
+        assert isinstance(self.spec, TrainSpec), "merged candidates have no policy"
+        batch_tokens = self.spec.batch_tokens
+        return [
+            {
+                "run_id": self.run_id,
+                "policy": self.spec.columns()["policy"],
+                "step": decision.step,
+                "tokens": decision.step * batch_tokens,
+                "domain": domain,
+                "weight": weight,
+            }
+            for decision in self.decisions
+            for domain, weight in decision.weights.items()
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["spec"] = self.spec.to_json()
         data["curve"] = [dataclasses.asdict(point) for point in self.curve]
         data["failure"] = dataclasses.asdict(self.failure) if self.failure else None
+        data["decisions"] = [dataclasses.asdict(decision) for decision in self.decisions]
         return {"format": FORMAT, "run_id": self.run_id, **data}
 
     @classmethod
@@ -143,6 +184,7 @@ class Record:
                 for p in fields["curve"]
             )
             fields["failure"] = Failure(**fields["failure"]) if fields["failure"] else None
+            fields["decisions"] = tuple(Decision(**d) for d in fields.get("decisions", ()))
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"Record cannot be read: {error!r}.") from error

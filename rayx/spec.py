@@ -27,7 +27,7 @@ from rayx.recipe import (
     member,
     require,
 )
-from rayx.units import train_flops
+from rayx.units import forward_flops, train_flops
 
 __all__ = [
     "Distillation",
@@ -235,8 +235,13 @@ class TrainSpec:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of this run alone, 6 N D over the parameters in matrix products."""
-        return train_flops(self.model.matmul_params, self.tokens)
+        """Training FLOPs of this run alone: 6 N D over the parameters in matrix products.
+
+        A teacher's forward passes count, a policy's signals do not: they are known to its record.
+        """
+        teacher = self.distillation.teacher.spec.model.matmul_params if self.distillation else 0
+        own = train_flops(self.model.matmul_params, self.tokens)
+        return own + forward_flops(teacher, self.tokens)
 
     @property
     def run_id(self) -> str:
@@ -248,7 +253,7 @@ class TrainSpec:
 
     @property
     def pack_key(self) -> str:
-        """Runs with equal keys can share a pack: mixture, policy, rates, seeds and parent differ."""
+        """Runs with equal keys can share a pack; mixture, policy, rates and seeds may differ."""
         data = self.to_json()
         for name in ("schedule", "seed", "data_seed"):
             del data[name]

@@ -16,7 +16,6 @@ must see the path.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -231,10 +230,11 @@ class Store:
 
         Failures stay out: a record may replace one at any time.
         """
-        runs, evals = self.runs(), self.evals()
+        runs = self.runs()
         runs = runs[runs["status"] == "ok"]
-        evals = evals[evals["run_id"].isin(runs["run_id"])]
-        for name, frame in (("runs", runs), ("evals", evals)):
+        tables = {"evals": self.evals(), "decisions": self.decisions(), "runs": runs}
+        for name, frame in tables.items():
+            frame = frame[frame["run_id"].isin(runs["run_id"])]
             sink = pa.BufferOutputStream()
             pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), sink)
             self.write_bytes(f"compact/{name}.parquet", sink.getvalue().to_pybytes())
@@ -243,15 +243,14 @@ class Store:
     def _table(self, name: str, rows: Callable[[Record], list[dict]]) -> pd.DataFrame:
         """Return the compacted rows that still hold, and those of the records since."""
         status = self.status()
-        old = pd.DataFrame(columns=["run_id"])
-        with contextlib.suppress(FileNotFoundError):
-            data = self.read_bytes(f"compact/{name}.parquet")
-            try:
-                old = pq.read_table(pa.BufferReader(data)).to_pandas()
-                old = old[old["run_id"].map(status) == "ok"]
-            except (pa.ArrowException, OSError, KeyError) as error:
-                log.warning("compact/%s.parquet is damaged, records are read: %s", name, error)
-        known = set(old["run_id"])
+        # `runs` is written last, so the other tables hold whatever runs it has.
+        runs = self._compacted("runs", ["run_id"])
+        old = self._compacted(name) if runs is not None else None
+        if runs is None or old is None:
+            old, known = pd.DataFrame(columns=["run_id"]), set()
+        else:
+            known = {run for run in runs["run_id"] if status.get(run) == "ok"}
+            old = old[old["run_id"].isin(known)]
         records = self.records([run for run in status if run not in known])
         new = pd.DataFrame([row for record in records for row in rows(record)])
         frames = [frame for frame in (old, new) if len(frame)]
@@ -259,6 +258,18 @@ class Store:
             return old
         # A column without a value (no failure yet) has no type in Parquet: find it again.
         return pd.concat(frames, ignore_index=True).infer_objects()
+
+    def _compacted(self, name: str, columns: list[str] | None = None) -> pd.DataFrame | None:
+        """Return a compacted table, or None where there is none that can be read."""
+        try:
+            data = self.read_bytes(f"compact/{name}.parquet")
+            table = pq.read_table(pa.BufferReader(data), columns=columns)
+            return table.to_pandas() if "run_id" in table.column_names else None
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError, KeyError) as error:
+            log.warning("compact/%s.parquet is damaged, records are read: %s", name, error)
+            return None
 
     def runs(self) -> pd.DataFrame:
         """Return one row a run: spec, cost, weight/DOMAIN, epochs/DOMAIN, loss/TARGET (bpb) ..."""
@@ -279,10 +290,17 @@ class Store:
             return pd.DataFrame(columns=["run_id", "step", "tokens", "target", "loss_bpb"])
         return frame.sort_values(["run_id", "step", "target"], ignore_index=True)
 
-    def sql(self, query: str) -> pd.DataFrame:
-        """Answer a SELECT over the tables `runs` and `evals` through DuckDB.
+    def decisions(self) -> pd.DataFrame:
+        """Return one row per run with a policy, decision and domain: weights over time."""
+        frame = self._table("decisions", Record.decision_rows)
+        if frame.empty:
+            return pd.DataFrame(columns=["run_id", "policy", "step", "tokens", "domain", "weight"])
+        return frame.sort_values(["run_id", "step", "domain"], kind="stable", ignore_index=True)
 
-        Columns like weight/web need double quotes. Nothing outside the two tables can be reached.
+    def sql(self, query: str) -> pd.DataFrame:
+        """Answer a SELECT over the tables `runs`, `evals` and `decisions` through DuckDB.
+
+        Columns like weight/web need double quotes. Nothing outside the tables can be reached.
 
         Raises:
             StoreError: The query is not a single SELECT, or DuckDB refuses it.
@@ -294,6 +312,7 @@ class Store:
                 raise StoreError(f"Query {query!r} is not one SELECT; the store is read-only.")
             connection.register("runs", self.runs())
             connection.register("evals", self.evals())
+            connection.register("decisions", self.decisions())
             return connection.execute(query).df()
         except duckdb.Error as error:
             raise StoreError(f"Query failed: {error}") from error

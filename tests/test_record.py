@@ -78,7 +78,10 @@ def test_curve_rows_are_one_per_point_and_target():
     assert record(failed=True).eval_rows() == []
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Record)])
+OPTIONAL = {"decisions", "signal_seconds", "signal_flops"}  # not in records of before policies
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in dataclasses.fields(Record)} - OPTIONAL))
 def test_record_without_a_field_is_refused(name):
     data = record().to_json()
     del data[name]

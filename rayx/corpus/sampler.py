@@ -24,7 +24,7 @@ from rayx.mixture import Mixture, Schedule
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def _generator(*key: object) -> np.random.Generator:
+def generator(*key: object) -> np.random.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
@@ -44,13 +44,13 @@ class Sampler:
         self.data_seed = data_seed
         self.drawn_K = np.zeros(len(self.domains), dtype=np.int64)  # items taken so far
         self._sequences_K = np.array([sequences[d] for d in self.domains])
-        self._start = float(_generator("offset", data_seed).random())
+        self._start = float(generator("offset", data_seed).random())
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # domain index -> (epoch, order)
 
     def _order(self, k: int, epoch: int) -> np.ndarray:
         cached = self._orders.get(k)
         if cached is None or cached[0] != epoch:
-            rng = _generator("order", self.data_seed, self.domains[k], epoch)
+            rng = generator("order", self.data_seed, self.domains[k], epoch)
             cached = self._orders[k] = (epoch, rng.permutation(self._sequences_K[k]))
         return cached[1]
 

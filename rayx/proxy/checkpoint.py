@@ -64,7 +64,7 @@ def read_checkpoint(store: Store, parent: Parent) -> State:
         ) from None
     try:
         tensors = load(data)
-        drawn = json.loads(_metadata(data)["drawn"])
+        drawn = json.loads(metadata(data)["drawn"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             f"{name} of store {store.url!r} is damaged: {error}. Remove it and run the sweep again."
@@ -104,7 +104,8 @@ def start_states(specs: Sequence[TrainSpec], store: Store | None) -> list[State]
     return states
 
 
-def _metadata(data: bytes) -> Mapping[str, str]:
+def metadata(data: bytes) -> Mapping[str, str]:
+    """Return the metadata of a safetensors file."""
     # The header: its length in 8 bytes, then JSON (safetensors reads metadata from files only).
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length])["__metadata__"]

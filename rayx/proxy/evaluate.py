@@ -9,13 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rayx.corpus import Corpus
-from rayx.corpus.sampler import sequence_count, take
-from rayx.errors import CorpusError
+from rayx.corpus.places import heldout_places
+from rayx.corpus.sampler import take
 from rayx.proxy.model import Rotary, token_losses
 from rayx.record import Loss
 from rayx.spec import Evaluation, ModelShape
@@ -48,26 +47,6 @@ def held_out(
         factor = bits_per_byte(1.0, corpus.heldout_tokens[target], corpus.heldout_bytes[target])
         result[target] = HeldOut(tokens, factor)
     return result
-
-
-def heldout_places(corpus: Corpus, target: str, context: int, evaluation: Evaluation) -> np.ndarray:
-    """Return the numbers of the held-out sequences of a target that are read, shape (S,).
-
-    Raises:
-        CorpusError: The part of the target's held-out text is shorter than one sequence.
-    """
-    num_tokens = corpus.heldout_tokens[target]
-    available = sequence_count(num_tokens, context)
-    begin = available // 2 if evaluation.part == "second" else 0
-    end = available // 2 if evaluation.part == "first" else available
-    if begin == end:
-        raise CorpusError(
-            f"Target {target!r} has {num_tokens} held-out tokens, too few for one sequence of "
-            f"context {context} in its part {evaluation.part!r}. Build the corpus with a larger "
-            "held-out share."
-        )
-    count = min(evaluation.sequences, end - begin)
-    return np.unique(np.linspace(begin, end - 1, count).astype(int))
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rayx.corpus import Corpus
+from rayx.corpus.places import heldout_places
 from rayx.corpus.sampler import take
-from rayx.proxy.evaluate import heldout_places
 from rayx.spec import Evaluation
 
 

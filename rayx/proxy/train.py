@@ -18,59 +18,23 @@ from torch import Tensor
 
 import rayx
 from rayx.corpus import Corpus
-from rayx.corpus.sampler import Sampler, phase_mixtures, sequence_count, take
 from rayx.errors import SpecError
+from rayx.proxy.batches import Batches
 from rayx.proxy.checkpoint import State, start_states, write_checkpoint
+from rayx.proxy.distillation import Teachers, distilled_losses
 from rayx.proxy.evaluate import evaluate, held_out
-from rayx.proxy.model import Rotary, stacked, token_losses
+from rayx.proxy.meter import Meter
+from rayx.proxy.model import Rotary, stacked, token_logits, token_losses
 from rayx.proxy.optimizer import PackedAdamW, lr_share
+from rayx.proxy.resume import PackState, RunState, read_unfinished, unfinished, write_unfinished
 from rayx.record import CurvePoint, Failure, Loss, Record
 from rayx.spec import Parent, Precision, TrainSpec
+from rayx.steering import Steering, check_policy
 from rayx.store import Store
 
 DIVERGED_RATIO = 1.5  # of the untrained loss; a model this bad has left the region of learning
 BEAT_SECONDS = 2.0
-
-
-class _Batches:
-    """The batches of a pack: each run's own mixture and seeds over one set of shards."""
-
-    def __init__(self, corpus: Corpus, specs: Sequence[TrainSpec], states: Sequence[State]) -> None:
-        context = specs[0].model.context
-        # Ancestors' domains stay, so that a branch that reads them again goes on where they were.
-        wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
-        for spec in specs:
-            spec.schedule.average().check(corpus.domains, f"corpus {corpus.fingerprint}")
-        self.shards = {d: corpus.train(d) for d in corpus.domains if d in wanted}
-        sequences = {d: sequence_count(len(shard), context) for d, shard in self.shards.items()}
-        for domain, count in sequences.items():
-            if count == 0:
-                raise SpecError(
-                    f"Domain {domain!r} has {len(self.shards[domain])} training tokens, fewer than "
-                    f"one sequence of context {context}. Leave it out or use a shorter context."
-                )
-        self.context = context
-        batch = specs[0].optimizer.batch_sequences
-        self.samplers = [Sampler(sequences, batch, spec.data_seed) for spec in specs]
-        for sampler, state in zip(self.samplers, states, strict=True):
-            sampler.drawn_K[:] = [state.drawn.get(d, 0) for d in sampler.domains]
-        self.first_step = specs[0].parent.path_steps if specs[0].parent else 0
-        self.mixtures = [
-            phase_mixtures(spec.schedule, spec.steps, spec.batch_tokens) for spec in specs
-        ]
-
-    def next(self, step: int) -> Tensor:
-        """Return the tokens of a step, shape (R, B, T + 1)."""
-        shards = list(self.shards.values())
-        rows = []
-        for sampler, mixtures in zip(self.samplers, self.mixtures, strict=True):
-            domain_B, sequence_B = sampler.step(self.first_step + step, mixtures[step])
-            batch = np.empty((len(domain_B), self.context + 1), dtype=np.int64)
-            for k in np.unique(domain_B):
-                at = domain_B == k
-                batch[at] = take(shards[k], sequence_B[at], self.context)
-            rows.append(batch)
-        return torch.from_numpy(np.stack(rows))
+RESUME_SECONDS = 120.0  # between the states from which a pack that died goes on
 
 
 def versions() -> dict[str, str]:
@@ -129,28 +93,40 @@ def train_pack(
             f"Spec is for corpus {spec.corpus}, but {corpus.url} holds {corpus.fingerprint}. "
             "Give the corpus that the specs were made for."
         )
+    for each in specs:
+        check_policy(each, corpus)
     shape, evaluation = spec.model, spec.evaluation
-    states = start_states(specs, store)
-    batches = _Batches(corpus, specs, states)
-    targets = held_out(corpus, shape.context, evaluation, place)
-    parameters = stacked([s.parameters for s in states], place)
+    resumed = read_unfinished(store, specs) if store else None
+    if resumed is None:
+        starts = start_states(specs, store)
+        groups = [[getattr(s, kind) for s in starts] for kind in ("parameters", "first", "second")]
+        tensors = tuple(stacked(group, place) for group in groups)
+        runs = tuple(_fresh(state) for state in starts)
+        resumed = PackState(steps=0, seconds=0.0, tensors=tensors, runs=runs)
+    parameters, first, second = (
+        {n: t.to(place) for n, t in group.items()} for group in resumed.tensors
+    )
     for parameter in parameters.values():
         parameter.requires_grad_()
-    optimizer = PackedAdamW(
-        parameters,
-        stacked([s.first for s in states], place),
-        stacked([s.second for s in states], place),
-        specs,
-    )
+    optimizer = PackedAdamW(parameters, first, second, specs)
+    optimizer.updates += resumed.steps
+    steerings = [Steering(s, r.decisions) for s, r in zip(specs, resumed.runs, strict=True)]
+    path_steps = spec.parent.path_steps if spec.parent else 0
+    batches = Batches(corpus, specs, [run.drawn for run in resumed.runs], path_steps)
+    meter = Meter(corpus, specs, steerings, optimizer, store, place)
+    meter.seconds_R += [run.signal_seconds for run in resumed.runs]
+    meter.flops_R += [run.signal_flops for run in resumed.runs]
+    targets = held_out(corpus, shape.context, evaluation, place)
     rotary = Rotary(shape, place)
+    objective = _Objective(specs, batches.domains, steerings, rotary, store, place)
     autocast = torch.autocast(
         place.type, torch.bfloat16, enabled=spec.precision is Precision.BFLOAT16
     )
     eval_steps = {round(spec.steps * (i + 1) / evaluation.points) for i in range(evaluation.points)}
-    alive_R = torch.ones(len(specs), dtype=torch.bool, device=place)
-    curves: list[list[CurvePoint]] = [[] for _ in specs]
-    failures: list[Failure | None] = [None] * len(specs)
-    last_beat = clock
+    curves = [list(run.curve) for run in resumed.runs]
+    failures = [run.failure for run in resumed.runs]
+    alive_R = torch.tensor([failure is None for failure in failures], device=place)
+    last_beat = last_state = clock
 
     def fail(run: int, step: int, what: str) -> None:
         if failures[run] is None:
@@ -160,12 +136,38 @@ def train_pack(
             )
             alive_R[run] = False
 
-    for step in range(spec.steps):
-        tokens = batches.next(step).to(place, non_blocking=True)
+    def decide(step: int, share: float) -> None:
+        """Let the policies whose blocks end here set their next mixtures."""
+        while due := [r for r, s in enumerate(steerings) if s.ends(step) and not failures[r]]:
+            for run, value in zip(due, meter.measure(due, share), strict=True):
+                if value is not None and not np.isfinite(value).all():
+                    name = type(steerings[run].signal).__name__
+                    fail(run, step, f"{name} signal of its policy is not finite")
+                else:
+                    steerings[run].go_on(step, value)
+
+    def run_states() -> tuple[RunState, ...]:
+        drawn = batches.drawn()
+        return tuple(
+            RunState(
+                drawn=drawn[run],
+                curve=curves[run],
+                decisions=tuple(steerings[run].decisions),
+                failure=failures[run],
+                signal_seconds=float(meter.seconds_R[run]),
+                signal_flops=float(meter.flops_R[run]),
+            )
+            for run in range(len(specs))
+        )
+
+    for step in range(resumed.steps, spec.steps):
+        share = lr_share(spec.optimizer, step, spec.steps)
+        decide(step, share)
+        tokens, domain_RB = batches.next(step, steerings)
         with autocast:
-            loss_R = token_losses(parameters, shape, rotary, tokens).mean(dim=(1, 2))
+            loss_R = objective(parameters, tokens.to(place, non_blocking=True), domain_RB)
         loss_R.sum().backward()
-        norm_R = optimizer.step(lr_share(spec.optimizer, step, spec.steps), alive_R)
+        norm_R = optimizer.step(share, alive_R)
         # Asking a GPU for values waits for it, so there it is done now and then.
         if place.type == "cpu" or step % 50 == 0 or step + 1 in eval_steps:
             broken = ~(loss_R.isfinite() & norm_R.isfinite())
@@ -192,30 +194,93 @@ def train_pack(
                     drawn=batches.samplers[run].drawn(),
                 )
                 write_checkpoint(store, Parent(s, step + 1), state)
-        if time.perf_counter() - last_beat > BEAT_SECONDS:
-            last_beat = time.perf_counter()
+        now = time.perf_counter()
+        if now - last_beat > BEAT_SECONDS:
+            last_beat = now
             on_progress((step + 1) * spec.batch_tokens)
+        if store is not None and now - last_state > RESUME_SECONDS and step + 1 < spec.steps:
+            last_state = now
+            state = PackState(
+                steps=step + 1,
+                seconds=resumed.seconds + now - clock,
+                tensors=optimizer.tensors,
+                runs=run_states(),
+            )
+            write_unfinished(store, specs, state)
 
-    seconds = (time.perf_counter() - clock) / len(specs)
+    seconds = (resumed.seconds + time.perf_counter() - clock) / len(specs)
     finished = datetime.now(timezone.utc)
     facts = {"versions": versions(), "device": device_name(place), "commit": commit}
+    if store is not None and store.exists(unfinished(specs)):
+        store.remove(unfinished(specs))
     return [
         Record(
             spec=s,
-            curve=tuple(curves[run]),
-            epochs=batches.samplers[run].epochs(),
+            curve=tuple(state.curve),
+            epochs=sampler.epochs(),
             tokens=s.tokens,
-            flops=s.flops,
+            flops=s.flops + state.signal_flops,
             seconds=seconds,
             pack_id=pack_id,
             pack_runs=len(specs),
             started=started.isoformat(timespec="seconds"),
             finished=finished.isoformat(timespec="seconds"),
-            failure=failures[run],
+            failure=state.failure,
+            decisions=state.decisions,
+            signal_seconds=state.signal_seconds,
+            signal_flops=state.signal_flops,
             **facts,
         )
-        for run, s in enumerate(specs)
+        for s, state, sampler in zip(specs, run_states(), batches.samplers, strict=True)
     ]
+
+
+def _fresh(state: State) -> RunState:
+    return RunState(
+        drawn=state.drawn, curve=[], decisions=(), failure=None, signal_seconds=0, signal_flops=0
+    )
+
+
+class _Objective:
+    """The loss of each run of a pack: of the text, of a teacher, with factors on domains."""
+
+    def __init__(
+        self,
+        specs: Sequence[TrainSpec],
+        domains: Sequence[str],
+        steerings: Sequence[Steering],
+        rotary: Rotary,
+        store: Store | None,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.rotary, self.device = specs[0].model, rotary, device
+        self.domains, self.steerings = domains, steerings
+        self.distillation = specs[0].distillation  # that of all, for packs differ in it
+        self.teachers = Teachers(specs, store, device) if self.distillation else None
+
+    def __call__(
+        self, parameters: dict[str, Tensor], tokens: Tensor, domain_RB: np.ndarray
+    ) -> Tensor:
+        """Return the mean loss of each run, nats per token, shape (R,)."""
+        if self.teachers is None or self.distillation is None:
+            losses = token_losses(parameters, self.shape, self.rotary, tokens)
+        else:
+            inputs, taught = tokens[:, :, :-1], self.distillation.domains or self.domains
+            share_K = np.where(np.isin(self.domains, taught), self.distillation.share, 0.0)
+            losses = distilled_losses(
+                token_logits(parameters, self.shape, self.rotary, inputs),
+                self.teachers.logits(inputs),
+                tokens,
+                torch.from_numpy(share_K[domain_RB]).float().to(self.device),
+                self.distillation.swap,
+            )
+        if any(steering.loss_weights for steering in self.steerings):
+            factor_RK = [
+                [(s.loss_weights or {}).get(d, 1.0) for d in self.domains] for s in self.steerings
+            ]
+            factor_RB = np.take_along_axis(np.array(factor_RK), domain_RB, axis=1)
+            losses = losses * torch.from_numpy(factor_RB).float().to(self.device)[..., None]
+        return losses.mean(dim=(1, 2))
 
 
 def implausible(losses: dict[str, Loss], vocab_size: int) -> str:

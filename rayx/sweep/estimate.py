@@ -55,6 +55,8 @@ def estimate(
                     schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
                     evaluation=Evaluation(points=1, sequences=sequences),
                     parent=None,
+                    policy=None,
+                    distillation=None,
                 )
                 for s in pack
             ]

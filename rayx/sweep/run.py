@@ -20,6 +20,7 @@ from rayx.errors import SpecError, SweepError
 from rayx.merging import MergeSpec, Spec
 from rayx.progress import duration, progress, progress_line
 from rayx.spec import TrainSpec
+from rayx.steering import check_policy
 from rayx.store import Store
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
 from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
@@ -72,6 +73,8 @@ def check(specs: Sequence[Spec], corpus: Corpus, max_epochs: float | None) -> No
                 f"{corpus.vocab_size}. Set ModelShape.vocab_size to at least that."
             )
         spec.mixture.check(corpus.domains, f"corpus {corpus.url}")
+        if isinstance(spec, TrainSpec):
+            check_policy(spec, corpus)
         if max_epochs is None:
             continue
         for domain, tokens in spec.domain_tokens.items():

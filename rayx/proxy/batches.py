@@ -1,0 +1,77 @@
+"""The batches of a pack: each run's own mixture and seeds over one set of shards.
+
+Legend: R runs, B sequences of a batch, T context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayx.corpus import Corpus
+from rayx.corpus.sampler import Sampler, sequence_count, take
+from rayx.errors import SpecError
+from rayx.spec import TrainSpec
+from rayx.steering import Steering
+
+
+class Batches:
+    """What each run reads at each step.
+
+    Args:
+        corpus: Where the text is.
+        specs: The runs.
+        drawn: For each, domain -> sequences that it has read before.
+        steps_before: Steps of their path before the first that is asked for.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        specs: Sequence[TrainSpec],
+        drawn: Sequence[Mapping[str, int]],
+        steps_before: int,
+    ) -> None:
+        self.context = specs[0].model.context
+        # Ancestors' domains stay, so that a branch that reads them again goes on where they were.
+        wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
+        for spec in specs:
+            spec.schedule.average().check(corpus.domains, f"corpus {corpus.fingerprint}")
+        self.shards = [corpus.train(d) for d in corpus.domains if d in wanted]
+        self.domains = [d for d in corpus.domains if d in wanted]
+        sequences = {
+            domain: sequence_count(len(shard), self.context)
+            for domain, shard in zip(self.domains, self.shards, strict=True)
+        }
+        for domain, count in sequences.items():
+            if count == 0:
+                raise SpecError(
+                    f"Domain {domain!r} has {corpus.tokens[domain]} training tokens, fewer "
+                    f"than one sequence of context {self.context}. Leave it out or use a shorter "
+                    "context."
+                )
+        batch = specs[0].optimizer.batch_sequences
+        self.samplers = [Sampler(sequences, batch, spec.data_seed) for spec in specs]
+        for sampler, known in zip(self.samplers, drawn, strict=True):
+            sampler.drawn_K[:] = [known.get(d, 0) for d in sampler.domains]
+        self.steps_before = steps_before
+
+    def next(self, step: int, steerings: Sequence[Steering]) -> tuple[Tensor, np.ndarray]:
+        """Return the tokens of a step, shape (R, B, T + 1), and their domains, indices (R, B)."""
+        rows, domains = [], []
+        for sampler, steering in zip(self.samplers, steerings, strict=True):
+            domain_B, sequence_B = sampler.step(self.steps_before + step, steering.mixture(step))
+            batch = np.empty((len(domain_B), self.context + 1), dtype=np.int64)
+            for k in np.unique(domain_B):
+                at = domain_B == k
+                batch[at] = take(self.shards[k], sequence_B[at], self.context)
+            rows.append(batch)
+            domains.append(domain_B)
+        return torch.from_numpy(np.stack(rows)), np.stack(domains)
+
+    def drawn(self) -> list[dict[str, int]]:
+        """Return for each run domain -> sequences read so far."""
+        return [sampler.drawn() for sampler in self.samplers]
