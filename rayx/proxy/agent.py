@@ -93,8 +93,9 @@ def train_agent(
     goes_on = torch.from_numpy(~np.asarray(transitions.last_N, dtype=bool)).double()
     scale = float(reward.std(correction=0)) or 1.0
     data = torch.cat([states, chosen], dim=1)
-    mean, spread = data.mean(dim=0), data.std(dim=0, correction=0).clamp_min(1e-6)
-    inputs, domains = data.shape[1], chosen.shape[1]
+    mean, spread = data.mean(dim=0), data.std(dim=0, correction=0)
+    spread = torch.where(spread > 1e-9, spread, 1.0)  # of an input that is always the same
+    inputs, features = data.shape[1], states.shape[1]
 
     def drawn(rows: int, columns: int, gain: float) -> Tensor:
         return gain * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -109,9 +110,10 @@ def train_agent(
     for tensor in network.values():
         tensor.requires_grad_()
 
-    def q(of: dict[str, Tensor], state: Tensor, action: Tensor) -> Tensor:
-        at = (torch.cat([state, action], dim=-1) - mean) / spread
-        hidden = torch.tanh(at @ of["first"] + of["offset"])
+    def q(of: dict[str, Tensor], state_NF: Tensor, action_NAK: Tensor) -> Tensor:
+        state_NH = (state_NF - mean[:features]) / spread[:features] @ of["first"][:features]
+        action = (action_NAK - mean[features:]) / spread[features:] @ of["first"][features:]
+        hidden = torch.tanh((state_NH + of["offset"])[:, None] + action)
         return (hidden @ of["second"]).squeeze(-1) + of["constant"]
 
     optimizer = torch.optim.AdamW(network.values(), lr=lr, weight_decay=weight_decay)
@@ -119,18 +121,15 @@ def train_agent(
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         # Uniform over the simplex: exponentials over their sum.
-        draws = torch.empty(count, actions, domains, dtype=torch.float64)
+        draws = torch.empty(count, actions, chosen.shape[1], dtype=torch.float64)
         draws = draws.exponential_(generator=generator)
         others = draws / draws.sum(dim=-1, keepdim=True)
-        spread_out = (count, actions, states.shape[1])
         with torch.no_grad():
-            best = q(target, following[:, None].expand(spread_out), others).amax(dim=1)
-            goal = reward / scale + goes_on * best
-        taken = q(network, states, chosen)
+            goal = reward / scale + goes_on * q(target, following, others).amax(dim=1)
+        taken = q(network, states, chosen[:, None])[:, 0]
         loss = (taken - goal).square().mean()
         if alpha:
-            every = q(network, states[:, None].expand(spread_out), others)
-            above = torch.logsumexp(every, dim=1) - math.log(actions)
+            above = torch.logsumexp(q(network, states, others), dim=1) - math.log(actions)
             loss = loss + alpha * (above - taken).mean()
         optimizer.zero_grad()
         loss.backward()
