@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayx.distillation import Distillation
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Phase, Schedule
+from rayx.policies import DGA
+from rayx.policy import Probe
 from rayx.spec import LrSchedule, ModelShape, Optimizer, Parent, Precision, TrainSpec
 from tests.samples import SPEC, train_spec, two_phases
 
@@ -46,6 +49,8 @@ CHANGES: dict[str, Any] = {  # every field, and a valid value other than that of
     "evaluation.part": "first",
     "precision": Precision.BFLOAT16,
     "parent": Parent(train_spec(1, 1), 16),
+    "policy": DGA(specific=(Probe(target="web", part="train"),)),
+    "distillation": Distillation(teacher=Parent(train_spec(1, 1), 16)),
 }
 
 
@@ -185,6 +190,7 @@ def test_runs_that_differ_in_mixture_rate_decay_and_seeds_share_a_pack():
     sorted(
         set(CHANGES)
         - {"seed", "data_seed", "schedule.phases", "optimizer.lr", "optimizer.weight_decay"}
+        - {"policy"}
     ),
 )
 def test_runs_that_differ_otherwise_share_no_pack(path):

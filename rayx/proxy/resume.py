@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rayx.policy import Decision
 from rayx.proxy.checkpoint import metadata
+from rayx.proxy.model import parameter_shapes
 from rayx.record import CurvePoint, Failure, Loss
 from rayx.spec import TrainSpec
 from rayx.store import Store
@@ -80,10 +81,9 @@ def read_unfinished(store: Store, specs: Sequence[TrainSpec]) -> PackState | Non
         data = store.read_bytes(name)
         tensors = load(data)
         facts = json.loads(metadata(data)["state"])
-        groups = [
-            {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{group}.")}
-            for group in GROUPS
-        ]
+        # In the order in which the model has them: sums over them depend on it.
+        names = parameter_shapes(specs[0].model)
+        groups = [{name: tensors[f"{group}.{name}"] for name in names} for group in GROUPS]
         return PackState(
             steps=facts["steps"],
             seconds=facts["seconds"],
