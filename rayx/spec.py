@@ -161,15 +161,13 @@ class TrainSpec:
                     f"that of its parent ({theirs!r})",
                 )
         if self.policy is not None:
-            ok = hasattr(self.policy, "blocks") and dataclasses.is_dataclass(self.policy)
+            ok = hasattr(self.policy, "blocks")
             require(ok, "TrainSpec.policy", self.policy, "a policy, see rayx.policies")
-            phases, prior = self.schedule.phases, dict(self.mixture)
+            phases, prior = self.schedule.phases, self.mixture
             require(len(phases) == 1, "TrainSpec.schedule", phases, "one phase, beside a policy")
-            ok = len(prior) > 1
-            require(ok, "The mixture that a policy starts from", prior, "two domains or more")
-        if self.distillation is not None:
-            ok = isinstance(self.distillation, Distillation)
-            require(ok, "TrainSpec.distillation", self.distillation, "a Distillation")
+            require(len(prior) > 1, "The prior of a policy", prior, "two domains or more")
+        ok = self.distillation is None or isinstance(self.distillation, Distillation)
+        require(ok, "TrainSpec.distillation", self.distillation, "a Distillation")
         for other in self.parents[bool(self.parent) :]:
             mine = (self.corpus, self.model.vocab_size, self.model.context)
             theirs = other.spec.corpus, other.spec.model.vocab_size, other.spec.model.context

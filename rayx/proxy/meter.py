@@ -21,6 +21,7 @@ from rayx.corpus.sampler import generator, sequence_count, take
 from rayx.mixture import Mixture
 from rayx.policy import Drops, Excess, Gradients, Influence, Losses, Probe, Signal
 from rayx.proxy.checkpoint import read_checkpoint
+from rayx.proxy.influence import influence
 from rayx.proxy.model import Rotary
 from rayx.proxy.optimizer import PackedAdamW
 from rayx.proxy.signals import excess_losses, inner_products, loss_drops, probe_losses
@@ -97,8 +98,6 @@ class Meter:
             return excess_losses(*model, tokens, reference, signal.reference.spec.model)
         probes = [self._text(probe) for probe in signal.probes]
         if isinstance(signal, Influence):
-            from rayx.proxy.influence import influence
-
             tokens = self._sources(runs, signal.sources, signal.sequences)
             return influence(*model, probes, tokens, signal.curvature, signal.damping)
         assert isinstance(signal, Drops)
