@@ -22,7 +22,8 @@ from scipy.stats import qmc
 
 from rayx.errors import SpecError, StoreError
 from rayx.fit import FittedTable, Table, fit_table
-from rayx.mixture import Mixture
+from rayx.fit.scores import spearman
+from rayx.mixture import Mixture, Schedule
 from rayx.policies.tikmix import (
     InfluenceSurvey,
     check_influence,
@@ -31,7 +32,7 @@ from rayx.policies.tikmix import (
     scales,
 )
 from rayx.recipe import require
-from rayx.spec import TrainSpec
+from rayx.spec import Parent, TrainSpec
 from rayx.store import Store
 
 MAX_BATCHES = 1_000  # of Latin hypercubes, before the bounds are called too narrow
@@ -218,9 +219,8 @@ class TiKMiX:
         )
         return fit_table(table, self.regressor, seed=self.seed)
 
-    def modelled(self, store: Store) -> Mixture:
-        """Return TiKMiX-M's mixture."""
-        fitted = self.fitted(store)
+    def modelled(self, fitted: FittedTable) -> Mixture:
+        """Return TiKMiX-M's mixture, given the models of `fitted`."""
 
         def value(weights_MK: np.ndarray) -> np.ndarray:
             mixed_MP = -fitted.predict(weights_MK)
@@ -229,7 +229,31 @@ class TiKMiX:
         weights_K = search(value, self.prior_K, seed=self.seed)
         return Mixture.from_array(weights_K, self.domains)
 
-    def flops(self, store: Store, spec: TrainSpec) -> float:
-        """Return what a run cost, its measurement included."""
-        record = store.get(spec.run_id)
-        return record.flops + record.signal_flops
+    def branches(self, tokens: int) -> list[TrainSpec]:
+        """Return what influence forecasts: from where it was measured, a run on each domain alone.
+
+        Args:
+            tokens: Of a branch; its rate falls to 0, for a high rate hides what was learnt.
+        """
+        single = self.single()
+        at_step = round(self.survey.at_share * single.steps)
+        decay = dataclasses.replace(single.optimizer, warmup_share=0.0, decay_share=1.0)
+        return [
+            dataclasses.replace(
+                single,
+                policy=None,
+                parent=Parent(single, at_step),
+                optimizer=decay,
+                schedule=Schedule.constant(Mixture({domain: 1}), tokens),
+            )
+            for domain in self.domains
+        ]
+
+    def forecast(self, store: Store, tokens: int) -> dict[str, float]:
+        """Return target -> Spearman over domains of influence with minus the loss of `branches`."""
+        influence_PK = self.influence(store, self.single())
+        losses = [store.get(spec.run_id).losses for spec in self.branches(tokens)]
+        return {
+            target: spearman(influence_K, -np.array([loss[target].nats for loss in losses]))
+            for target, influence_K in zip(self.targets, influence_PK, strict=True)
+        }
