@@ -33,7 +33,7 @@ class DoGE:
     Source: Fan, Pagliardini and Jaggi 2024, arXiv:2310.15393; released code.
     Differs: domains are sampled by p, not uniformly with the loss weighted; an update every
         `every_steps` steps; gradients are not clipped one by one. The published weights are the
-        average over a run, for a second one: `rayx.methods.aioli.averaged`.
+        average over a run, for a second one: `Record.mixture`.
     """
 
     name: ClassVar[str] = "doge"

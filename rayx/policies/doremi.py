@@ -29,7 +29,7 @@ class DoReMi:
     Source: Xie et al. 2023, arXiv:2305.10429, algorithm 1; released code.
     Differs: domains are sampled by p, not uniformly with the loss weighted; an update every
         `every_steps` steps, not every step. The published weights are the average over a run, for
-        a second one: `rayx.methods.aioli.averaged`.
+        a second one: `Record.mixture`.
     """
 
     name: ClassVar[str] = "doremi"

@@ -17,7 +17,7 @@ class SkillIt:
     """Weights from a fixed matrix of what teaches what, and from the latest losses.
 
     p_j = prior_j exp(eta sum_i A_ij (L_i of the last `window` updates, summed)) / sum. A_ij is the
-    relative fall of target i's loss after training on domain j alone, at least 0.
+    relative fall of target i's loss after training on domain j alone, at least 0 and 1 at most.
 
     Attributes:
         skills: A, one row a target, one column a domain; both in the order of the run's schedule's
@@ -34,7 +34,8 @@ class SkillIt:
         floor: Least weight, as a share of the uniform one.
 
     Source: Chen et al. 2023, arXiv:2307.14430; released code (all losses 1 before the first).
-    Differs: A may be measured in the run, not in runs of its own.
+    Differs: A may be measured in the run, not in runs of its own; it is then divided by its largest
+        entry, for the published ones are 0, .5 and 1.
     """
 
     name: ClassVar[str] = "skill-it"
@@ -91,5 +92,7 @@ class SkillIt:
 
 
 def relative(drop_KK: np.ndarray, before_K: np.ndarray) -> np.ndarray:
-    """Return A_ij = max(0, fall of target i's loss after domain j / the loss before), (K, K)."""
-    return np.maximum(0.0, drop_KK / before_K[:, None])
+    """Return A_ij = max(0, fall of loss i after domain j / loss i) over the largest, (K, K)."""
+    share_KK = np.maximum(0.0, drop_KK / before_K[:, None])
+    largest = share_KK.max()
+    return share_KK / largest if largest > 0 else share_KK
