@@ -22,6 +22,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -41,6 +42,10 @@ FEW = ("code", "docs", "readmes", "wiki")  # no domain holds readmes
 ONLINE = "D online"
 PRIOR = "proportional"
 MAIN = "D diagonal"
+MEASURED: dict[str, Any] = {
+    "sequences": 32,
+    "probe_sequences": 64,
+}  # of each source, of each target
 BRANCH_TOKENS = 65_536  # of a branch on one domain
 
 
@@ -100,12 +105,9 @@ def regmix(p: Parameters, corpus: Corpus, seed: int) -> RegMix:
 
 def tikmix(p: Parameters, corpus: Corpus, seed: int, curvature: str = "diagonal") -> TiKMiX:
     """Return TiKMiX's study of one seed."""
-    survey = InfluenceSurvey(
-        targets=targets(p, corpus), curvature=curvature, sequences=64, probe_sequences=128
-    )
     return TiKMiX(
         proxy=proxy(p, corpus, seed, p.proxy_tokens, "second"),
-        survey=survey,
+        survey=InfluenceSurvey(targets=targets(p, corpus), curvature=curvature, **MEASURED),
         num_candidates=p.candidates,
         seed=seed,
     )
@@ -134,16 +136,14 @@ def final(p: Parameters, corpus: Corpus, seed: int) -> TrainSpec:
 
 def online(p: Parameters, corpus: Corpus, seed: int) -> TrainSpec:
     """Return the final run whose weights D sets as it goes on."""
-    survey = tikmix(p, corpus, seed).survey
-    shared = {f.name: getattr(survey, f.name) for f in dataclasses.fields(TiKMiXD)
-              if hasattr(survey, f.name)}  # fmt: skip
-    return dataclasses.replace(final(p, corpus, seed), policy=TiKMiXD(**shared))
+    policy = TiKMiXD(targets=targets(p, corpus), **MEASURED)
+    return dataclasses.replace(final(p, corpus, seed), policy=policy)
 
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return runs as costly as the final ones."""
-    arms = 5 + len(CURVATURES)
-    runs = [[*[final(p, corpus, s)] * arms, online(p, corpus, s)] for s in seeds(p)]
+    arms = 6 + len(CURVATURES)
+    runs = [[online(p, corpus, seed), *[final(p, corpus, seed)] * arms] for seed in seeds(p)]
     return [spec for of_seed in runs for spec in of_seed]
 
 
@@ -153,23 +153,19 @@ def chosen(
     """Return arm -> mixture of one seed; `fitted` is M's."""
     study = regmix(p, corpus, seed)
     _, choice = study.decide(store)
-    tried = study.specs()[len(study.baselines()) :]
-    losses = {spec.mixture: _objective(p, corpus, store, spec) for spec in tried}
-    fifth = [spec.mixture for spec in tried[: round(0.2 * p.proxies)]]
-    arms = {
+    losses = {}  # of the random mixtures, in the order of their draw
+    for spec in study.specs()[len(study.baselines()) :]:
+        bpb = {t: loss.bpb for t, loss in store.get(spec.run_id).losses.items()}
+        losses[spec.mixture] = objective_bpb(bpb, study.objective)
+    fifth = [*losses][: round(0.2 * p.proxies)]
+    return {
         "RegMix": Mixture(choice.weights),
         "random": min(losses, key=losses.__getitem__),
         "random, a fifth": min(fifth, key=losses.__getitem__),
         **study.baselines(),
+        **{f"D {c}": tikmix(p, corpus, seed, c).dynamic(store) for c in CURVATURES},
+        "M diagonal": tikmix(p, corpus, seed).modelled(fitted),
     }
-    for curvature in CURVATURES:
-        arms[f"D {curvature}"] = tikmix(p, corpus, seed, curvature).dynamic(store)
-    return arms | {"M diagonal": tikmix(p, corpus, seed).modelled(fitted)}
-
-
-def _objective(p: Parameters, corpus: Corpus, store: Store, spec: TrainSpec) -> float:
-    losses = {t: loss.bpb for t, loss in store.get(spec.run_id).losses.items()}
-    return objective_bpb(losses, dict.fromkeys(targets(p, corpus), 1.0))
 
 
 def search_flops(p: Parameters, corpus: Corpus, store: Store, seed: int) -> dict[str, float]:
@@ -207,7 +203,7 @@ def table(
     return pd.DataFrame(rows)
 
 
-def verdict(found: pd.DataFrame) -> dict[str, object]:
+def verdict(found: pd.DataFrame) -> dict[str, Any]:
     """Return every arm less D, paired by seed, and what follows from that."""
     loss = {str(arm): rows["loss"].to_numpy(float) for arm, rows in found.groupby("arm")}
     gap = {arm: loss_S - loss[MAIN] for arm, loss_S in loss.items()}
@@ -242,22 +238,22 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
         runs[seed][ONLINE] = online(p, corpus, seed)
     sweep([spec for arms in runs.values() for spec in arms.values()])
     found = table(p, corpus, store, runs)
-    forecast = {
-        curvature: pd.DataFrame(
-            [tikmix(p, corpus, s, curvature).forecast(store, BRANCH_TOKENS) for s in seeds(p)]
-        ).mean()
+    said = verdict(found)
+    said["forecast_spearman"] = {
+        curvature: [tikmix(p, corpus, s, curvature).forecast(store, BRANCH_TOKENS) for s in fits]
         for curvature in CURVATURES
     }
-    held_out = [float(fitted.cv["spearman"].mean()) for fitted in fits.values()]
-    said = verdict(found) | {
-        "forecast_spearman": {name: dict(mean) for name, mean in forecast.items()},
-        "m_held_out_spearman": held_out,
+    said["m_spearman"] = {  # over mixed sets: of the regressor where it has not looked; of S w
+        "held out": [float(fitted.cv["spearman"].mean()) for fitted in fits.values()],
+        "linear": [tikmix(p, corpus, seed).additivity(store) for seed in fits],
     }
     store.write_bytes(f"reports/tikmix-{p.targets}.csv", found.to_csv(index=False).encode())
     store.write_json(f"reports/tikmix-{p.targets}.json", said)
     means = pd.DataFrame(found.drop(columns="seed").groupby("arm").mean()).sort_values("loss")
     log.info("mean over %d seeds:\n%s", p.seeds, means.round(4).to_string())
     log.info("arm less D, by seed: %s", said["arm_less_d"])
-    log.info("influence against branches, Spearman:\n%s", pd.DataFrame(forecast).round(2))
-    log.info("M's regressor on sets that it has not seen, Spearman: %s", held_out)
+    for curvature, of_seeds in said["forecast_spearman"].items():
+        mean = pd.DataFrame(of_seeds).mean().round(2).to_dict()
+        log.info("Spearman of influence (%s) with branches: %s", curvature, mean)
+    log.info("Spearman of mixed sets' influence, by seed: %s", said["m_spearman"])
     log.info("%s", said["verdict"])

@@ -20,7 +20,7 @@ from rayx.policies.tikmix import (
     scales,
 )
 from rayx.policy import Decision, Setting, policy_from_json, policy_to_json
-from rayx.record import Record
+from rayx.record import CurvePoint, Loss, Record
 from rayx.spec import TrainSpec
 from tests.samples import record, train_spec
 
@@ -260,3 +260,34 @@ def test_a_study_names_what_is_missing(store):
     store.put(record(spec))
     with pytest.raises(StoreError, match=r"its policy measured nothing"):
         tikmix.fitted(store)
+
+
+def test_a_forecast_is_judged_by_branches_of_the_surveyed_run(store):
+    tikmix = study(survey=InfluenceSurvey(targets=("code",), at_share=0.5))
+    store.put(planted_record(tikmix.single(), lambda source: np.array([source.get("math", 0.1)])))
+    branches = tikmix.branches(4_096)
+    assert [dict(spec.mixture) for spec in branches] == [{d: 1.0} for d in DOMAINS]
+    for spec, loss in zip(branches, (2.0, 1.0, 1.5), strict=True):
+        assert spec.parent is not None and spec.policy is None
+        assert (spec.parent.spec, spec.parent.steps) == (tikmix.single(), 16)
+        losses = {"code": Loss(loss, loss, 0.01)}
+        point = CurvePoint(spec.steps, spec.tokens, losses)
+        store.put(dataclasses.replace(record(spec), curve=(point,)))
+    # Influence ranks math first and the others as equals.
+    assert tikmix.forecast(store, 4_096) == {"code": pytest.approx(0.866, abs=1e-3)}
+
+
+def test_sums_of_domains_tell_mixed_sets_as_far_as_the_world_is_linear(store):
+    linear_PK, rng = np.array([[0.2, 1.0, 0.6], [0.1, -0.5, 0.4]]), np.random.default_rng(0)
+    exact, noisy = study(), study(seed=1)
+    for tikmix, noise in ((exact, 0.0), (noisy, 0.3)):
+        store.put(
+            planted_record(
+                tikmix.mixed(),
+                lambda source, noise=noise: (
+                    linear_PK @ source.to_array(DOMAINS) + noise * rng.standard_normal(2)
+                ),
+            )
+        )
+    assert exact.additivity(store) == pytest.approx(1.0, abs=0.001)
+    assert noisy.additivity(store) < 0.9

@@ -219,6 +219,19 @@ class TiKMiX:
         )
         return fit_table(table, self.regressor, seed=self.seed)
 
+    def additivity(self, store: Store) -> float:
+        """Return how well sums of domains' influences tell that of mixed sets: Spearman over sets.
+
+        The mean over targets of the correlation of S w with what was measured. Gradients of a union
+        add up, so what is missing to 1 is sampling; D rests on this, M measures it again.
+        """
+        influence_PS = self.influence(store, self.mixed())
+        count = len(self.domains)
+        weights_CK = np.stack([mixture.to_array(self.domains) for mixture in self.candidates()])
+        summed_PC = influence_PS[:, :count] @ weights_CK.T
+        pairs = zip(summed_PC, influence_PS[:, count:], strict=True)
+        return float(np.mean([spearman(summed_C, set_C) for summed_C, set_C in pairs]))
+
     def modelled(self, fitted: FittedTable) -> Mixture:
         """Return TiKMiX-M's mixture, given the models of `fitted`."""
 
