@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -9,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,33 +71,48 @@ def short_folder() -> str:
     return tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
 
 
-def submit(environment: dict, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [RAY, "job", "submit", "--working-dir", str(folder), "--", "rayx", *arguments]
+def status_of(request: str | urllib.request.Request) -> int | None:
+    """Return the dashboard's HTTP status, or None while it does not answer."""
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def submit(environment: dict, folder: Path, entrypoint: str) -> subprocess.CompletedProcess:
     deadline = time.monotonic() + 90
-    while True:
-        done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
-        )
-        if "Failed to connect" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            return done
-        time.sleep(1)  # the dashboard is still starting
+    while status_of(f"{environment['RAY_API_SERVER_ADDRESS']}/api/version") is None:
+        assert time.monotonic() < deadline, "the dashboard does not start"
+        time.sleep(0.2)
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", str(folder), "--", "sh", "-c", entrypoint],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
 
 
 def test_submitted_sweep_fills_a_store_that_others_can_read(head, tiny_corpus, tmp_path):
-    folder = tmp_path / "work"
+    folder, store = tmp_path / "work", tmp_path / "store"
     folder.mkdir()
     (folder / "study.py").write_text(EXPERIMENT.format(corpus=tiny_corpus.url))
-    refused = submit(head, folder, "run", "study.py", "--store", "here")
-    assert refused.returncode != 0
-    assert "a Ray job runs in a temporary copy" in refused.stdout + refused.stderr
-
-    store = tmp_path / "store"
-    done = submit(head, folder, "run", "study.py", "--store", str(store), "--set", "runs=6")
+    done = submit(
+        head, folder,
+        "rayx run study.py --store here; echo refused with $?; "
+        f"rayx run study.py --store {store} --set runs=6",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "a Ray job runs in a temporary copy" in done.stdout + done.stderr
+    assert "refused with 2" in done.stdout
     opened = rayx.open(store)
     assert progress(opened)["ok"] == 6 and not progress(opened)["alive"]
     assert opened.runs()["loss/law"].notna().all()
 
-    stranger = {k: v for k, v in head.items() if k != "RAY_AUTH_TOKEN"} | {"HOME": str(tmp_path)}
-    denied = submit(stranger, folder, "run", "study.py", "--store", str(store))
-    assert denied.returncode != 0
+    jobs = f"{head['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    entry = json.dumps({"entrypoint": "rayx --help"}).encode()
+    assert (
+        status_of(urllib.request.Request(jobs, entry, {"Content-Type": "application/json"})) == 401
+    )
+    token = {"Authorization": f"Bearer {head['RAY_AUTH_TOKEN']}"}
+    assert status_of(urllib.request.Request(jobs, headers=token)) == 200
