@@ -85,7 +85,8 @@ def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
         axes.spines[side].set_color(MUTED)
 
 
-def _legend(axes: Axes, handles: Sequence, names: Sequence[str], **where) -> None:
+def legend(axes: Axes, handles: Sequence, names: Sequence[str], **where) -> None:
+    """Draw a legend without a frame."""
     # A leading underscore would hide the entry.
     names = [" " + n if n.startswith("_") else n for n in names]
     axes.legend(
@@ -133,7 +134,7 @@ def mixture_bars(data: pd.DataFrame, axes: Axes, title: str = "Mixture chosen") 
         # Under the axis label, whatever the figure's height.
         under = offset_copy(axes.transAxes, axes.get_figure(root=True), y=-34, units="points")
         where = {"loc": "upper center", "bbox_to_anchor": (0.4, 0), "bbox_transform": under}
-        _legend(axes, handles, names, ncols=4, columnspacing=1.0, handletextpad=0.2, **where)
+        legend(axes, handles, names, ncols=4, columnspacing=1.0, handletextpad=0.2, **where)
 
 
 def predicted_measured(data: pd.DataFrame, axes: Axes, name: str = "objective") -> None:
@@ -273,7 +274,7 @@ def loss_curves(data: pd.DataFrame, axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     if handles:
-        _legend(axes, list(handles.values()), [label(n) for n in handles], loc="upper right")
+        legend(axes, list(handles.values()), [label(n) for n in handles], loc="upper right")
 
 
 def verification(data: pd.DataFrame, axes: Axes, title: str, seed_sd_bpb: float) -> None:

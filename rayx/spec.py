@@ -171,12 +171,8 @@ class TrainSpec:
         for other in self.parents[bool(self.parent) :]:
             mine = (self.corpus, self.model.vocab_size, self.model.context)
             theirs = other.spec.corpus, other.spec.model.vocab_size, other.spec.model.context
-            require(
-                mine == theirs,
-                "Corpus, vocabulary and context of a reference or teacher",
-                theirs,
-                f"those of the run, {mine}",
-            )
+            what = "Corpus, vocabulary and context of a reference or teacher"
+            require(mine == theirs, what, theirs, f"those of the run, {mine}")
 
     @property
     def batch_tokens(self) -> int:
@@ -273,6 +269,7 @@ class TrainSpec:
             "expert_set": None,
             "operator": None,
             "policy": self.policy.name if self.policy else None,
+            "teacher": self.distillation.teacher.spec.run_id if self.distillation else None,
             "seed": self.seed,
             "data_seed": self.data_seed,
             "layers": self.model.layers,

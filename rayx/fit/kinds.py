@@ -25,7 +25,7 @@ from rayx.fit.belief import AVERAGE, Belief, agreement, group_means, mixtures_of
 from rayx.fit.factor import Factor, estimate, partners
 from rayx.fit.regressor import make_folds
 from rayx.fit.scores import spearman
-from rayx.fit.table import MIN_ROWS, Table
+from rayx.fit.table import MIN_ROWS, Table, of_mixture_alone
 from rayx.fit.tilted_power import TiltedPower
 
 FOLDS = 5
@@ -80,6 +80,7 @@ def join_kinds(
     Raises:
         FitError: As Table.from_frame, both kinds accepted.
     """
+    runs = of_mixture_alone(runs)
     used = runs.loc[runs["status"] == "ok"] if "status" in runs.columns else runs
     if "kind" not in used.columns or set(used["kind"]) != {"train", "merge"}:
         return Table.from_frame(runs, targets, min_rows)

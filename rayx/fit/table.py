@@ -170,7 +170,7 @@ class Table:
         targets: tuple[str, ...] | list[str] | None = None,
         min_rows: int = MIN_ROWS,
     ) -> Table:
-        """Take the rows of a store's runs whose status is "ok".
+        """Take the rows of a store's runs whose status is "ok"; see also `of_mixture_alone`.
 
         Args:
             runs: Columns run_id, status, weight/<domain>, loss/<target>; kind, "train" or "merge".
@@ -194,6 +194,7 @@ class Table:
                     f"{did_you_mean(target, known)}"
                 )
         chosen = tuple(targets or known)
+        runs = of_mixture_alone(runs)
         used = runs.loc[runs["status"] == "ok"]
         for column in SCALE:
             values = used[column].unique() if column in used.columns else ()
@@ -254,14 +255,22 @@ class Table:
 def largest_scale(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the corpus, size and token count that most runs share.
 
-    A sweep's store also holds verification runs, at other scales; losses of different scales or
-    different data are never pooled. Merged candidates are of the scale of the runs that they stand
-    for: their kind is a factor of the fit, see `join_kinds`.
+    Losses of different scales or data are never pooled. Merged candidates are of the scale of the
+    runs that they stand for: their kind is a factor of the fit, see `join_kinds`.
     """
-    columns = [column for column in SCALE if column in runs.columns]
+    runs, columns = of_mixture_alone(runs), [column for column in SCALE if column in runs.columns]
     if runs.empty or not columns:
         return runs
     return max((group for _, group in runs.groupby(columns, sort=True)), key=len)
+
+
+def of_mixture_alone(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs without those that a policy steered or a teacher taught.
+
+    Their losses depend on more than the average mixture, so they belong in no regressor or law.
+    """
+    others = [column for column in ("policy", "teacher") if column in runs.columns]
+    return runs.loc[runs[others].isna().all(axis=1)]
 
 
 def _named(runs: pd.DataFrame, prefix: str) -> tuple[str, ...]:

@@ -50,6 +50,13 @@ class Evidence:
         return self.runs.loc[(self.runs["kind"] == "merge") & (self.runs["status"] == "ok")]
 
     @cached_property
+    def steered(self) -> pd.DataFrame:
+        """The runs that a policy steered."""
+        if "policy" not in self.runs.columns:
+            return self.runs.iloc[:0]
+        return self.runs.loc[self.runs["policy"].notna() & (self.runs["status"] == "ok")]
+
+    @cached_property
     def beside_merged(self) -> set[str]:
         """Ids of the runs at the scale that most merged candidates are of."""
         scale = largest_scale(self.merged)

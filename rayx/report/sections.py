@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from rayx.mixture import epochs
 from rayx.plots import PALETTE, arm_name, short_count
-from rayx.report import figures, merged, records
+from rayx.report import figures, merged, policies, records
 from rayx.report.evidence import NOT_FITTED, STEP, Evidence
 from rayx.report.page import Html, document, esc, missing, paragraph, swatch, table, tiles
 
@@ -38,6 +38,9 @@ def page(evidence: Evidence, title: str) -> str:
     if len(evidence.merged):
         place = [key for key, _, _ in sections].index("response")
         sections.insert(place, ("merged", merged.HEADING, merged.section(evidence)))
+    if len(evidence.steered):
+        place = [key for key, _, _ in sections].index("curves")
+        sections.insert(place, ("policies", policies.HEADING, policies.section(evidence)))
     return document(title, sections)
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from rayx.errors import FitError, did_you_mean
 from rayx.fit.laws.law import Law
+from rayx.fit.table import of_mixture_alone
 
 WEIGHT = "weight/"
 
@@ -73,6 +74,7 @@ class LawTable:
                 f"The runs have no target {target!r}; they have {', '.join(known) or 'none'}."
                 f"{did_you_mean(target, known)}"
             )
+        runs = of_mixture_alone(runs)
         used = runs.loc[runs["status"] == "ok"]
         if "corpus" in used and used["corpus"].nunique() > 1:
             raise FitError(
