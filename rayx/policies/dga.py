@@ -17,9 +17,17 @@ from typing import ClassVar
 import numpy as np
 
 from rayx.mixture import Mixture
-from rayx.policies.mirror import ascend, blend, floored, running_scale, scores, tells_apart
+from rayx.policies.mirror import (
+    ascend,
+    blend,
+    check,
+    floored,
+    running_scale,
+    scores,
+    tells_apart,
+)
 from rayx.policy import Block, Blocks, Gradients, Probe, Setting
-from rayx.recipe import is_int, is_number, require
+from rayx.recipe import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +67,7 @@ class DGA:
     def __post_init__(self) -> None:
         ok = isinstance(self.specific, tuple) and all(isinstance(p, Probe) for p in self.specific)
         require(ok and bool(self.specific), "DGA.specific", self.specific, "a tuple of Probes")
-        ok = is_number(self.eta) and self.eta > 0
-        require(ok, "DGA.eta", self.eta, "a number > 0 (weights rise with alignment)")
-        for name in ("ema", "floor"):
-            value = getattr(self, name)
-            require(is_number(value) and 0 <= value <= 1, f"DGA.{name}", value, "in [0, 1]")
-        ok = is_int(self.every_steps) and self.every_steps > 0
-        require(ok, "DGA.every_steps", self.every_steps, "an integer > 0")
+        check(self, counts=("every_steps",), positive=("eta",), shares=("ema", "floor"))
         require(isinstance(self.cosine, bool), "DGA.cosine", self.cosine, "True or False")
         ok = isinstance(self.basis, tuple) and all(isinstance(m, Mixture) for m in self.basis)
         require(ok and len(self.basis) != 1, "DGA.basis", self.basis, "two Mixtures or more, or ()")
@@ -97,9 +99,10 @@ class DGA:
         while True:
             products = yield Block(weights_N @ basis_NK, self.every_steps, signal)
             step += self.every_steps
-            score_N = scores(fold @ products @ fold.T, self.cosine)[:count, count]
-            if not tells_apart(score_N, "DGA", step):
+            folded = fold @ products @ fold.T
+            if not tells_apart(folded[:count, count], "DGA", step):
                 continue
+            score_N = scores(folded, self.cosine)[:count, count]
             if not self.cosine:
                 scale = running_scale(scale, score_N)
                 score_N = score_N / scale
