@@ -55,6 +55,7 @@ class Parameters:
     largest_tokens: int = 56_000  # of the largest domain: how scarce text is
     budget_tokens: int = 600_000
     tau: float = 5.0
+    decay_share: float = 0.5  # of the tokens: the rate falls from where Cooldown cools down
     seed: int = 1  # 0 chose the settings
     seeds: int = 3
 
@@ -109,7 +110,9 @@ def studies(p: Parameters, corpus: Corpus) -> dict[int, Cooldown]:
                 context=64,
             ),
             schedule=Schedule.constant(Mixture(corpus.tokens), p.budget_tokens),
-            optimizer=Optimizer(lr=8e-3, batch_sequences=8, warmup_share=0.02),
+            optimizer=Optimizer(
+                lr=8e-3, batch_sequences=8, warmup_share=0.02, decay_share=p.decay_share
+            ),
             evaluation=Evaluation(points=1, sequences=96, part="first"),
             seed=seed,
             data_seed=seed,
