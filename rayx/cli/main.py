@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from rayx.cli import choosing, corpora, decisions, evaluating, laws, merging, splits, sweeps
+from rayx.cli import (
+    choosing,
+    corpora,
+    decisions,
+    evaluating,
+    laws,
+    likelihoods,
+    merging,
+    splits,
+    sweeps,
+)
 from rayx.errors import RayxError
 
 
@@ -28,6 +38,7 @@ def command_tree() -> typer.Typer:
     app.command()(splits.split)
     app.command()(merging.merge)
     app.command()(evaluating.evaluate)
+    app.command()(likelihoods.lld)
     for command in (decisions.fit, choosing.choose, decisions.plan, decisions.report):
         app.command()(command)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)

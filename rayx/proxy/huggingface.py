@@ -113,13 +113,22 @@ class HuggingFaceModel:
             candidates: The folder's tensor names -> stored tensors, shape (C, ...).
         """
         if candidates is None:
-            return [self._losses(self.module if self._is_own else self._with(self.tensors))]
+            return [self._losses(self._own)]
         count = next(iter(candidates.values())).shape[0]
         results = []
         for c in range(count):
             tensors = {name: stack[c] for name, stack in candidates.items()}
             results.append(self._losses(self._with(tensors)))
         return results
+
+    @torch.no_grad()
+    def nats(self) -> dict[str, np.ndarray]:
+        """Return target -> nats of each sequence's predicted tokens, shape (S,)."""
+        return {target: self._nats(self._own, text) for target, (text, _) in self._texts.items()}
+
+    @property
+    def _own(self) -> nn.Module:
+        return self.module if self._is_own else self._with(self.tensors)
 
     @cached_property
     def module(self) -> nn.Module:

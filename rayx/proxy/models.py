@@ -21,6 +21,7 @@ from rayx.corpus import Corpus
 from rayx.errors import ModelError, SpecError
 from rayx.merge_operator import Operator
 from rayx.proxy.evaluate import HeldOut, evaluate, held_out
+from rayx.proxy.likelihood import sequence_nats
 from rayx.proxy.merge.compatible import check_compatible
 from rayx.proxy.merge.model_files import ModelFiles
 from rayx.proxy.merge.operators import prepare_tensor
@@ -53,6 +54,10 @@ class Model(Protocol):
 
     def losses(self, candidates: Mapping[str, Tensor] | None = None) -> list[dict[str, Loss]]:
         """Return target -> loss of each candidate, tensors of shape (C, ...), or of itself."""
+        ...
+
+    def nats(self) -> dict[str, np.ndarray]:
+        """Return target -> nats of each sequence's predicted tokens, shape (S,), of itself."""
         ...
 
 
@@ -160,6 +165,12 @@ class RayxModel:
             one = {name: stack[c : c + 1].to(self.device) for name, stack in stacks.items()}
             results += evaluate(one, self.shape, rotary, self._targets, EVALUATION_SEQUENCES)
         return results
+
+    def nats(self) -> dict[str, np.ndarray]:
+        """Return target -> nats of each sequence's predicted tokens, shape (S,)."""
+        own = {name: tensor[None].to(self.device) for name, tensor in self.tensors.items()}
+        nats = sequence_nats(own, self.shape, Rotary(self.shape, self.device), self._targets)
+        return {target: nats_RS[0] for target, nats_RS in nats.items()}
 
 
 class MergedModels:
