@@ -154,17 +154,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     last = table.groupby(["arm", "seed"]).tail(1)
     loss_AS = last.pivot(index="arm", columns="seed", values="loss")
+    best_AS = table.pivot_table(index="arm", columns="seed", values="loss", aggfunc="min")
     gain_AS = loss_AS.loc[UNIFORM] - loss_AS
-    costs = last.groupby("arm")[["runs", "signal_flops", "signal_seconds"]].mean()
     found = pd.DataFrame(
         {
             "loss": loss_AS.mean(axis=1),
             "gain": gain_AS.mean(axis=1),
             "gain_stderr": gain_AS.std(axis=1, ddof=1) / np.sqrt(loss_AS.shape[1]),
             "beats_uniform": (gain_AS > 0).sum(axis=1),
-            "best_loss": table.groupby(["arm", "seed"])["loss"].min().groupby("arm").mean(),
+            "best_loss": best_AS.mean(axis=1),
         }
-    ).join(costs)
+    )
+    for name in ("runs", "signal_flops", "signal_seconds"):
+        found[name] = last.groupby("arm")[name].mean()
     return found.sort_values("loss").reset_index()
 
 
