@@ -250,12 +250,12 @@ class Store:
             old, known = pd.DataFrame(columns=["run_id"]), set()
         else:
             known = {run for run in runs["run_id"] if status.get(run) == "ok"}
-            old = old[old["run_id"].isin(known)]
+            old = old.loc[old["run_id"].isin(known)]
         records = self.records([run for run in status if run not in known])
         new = pd.DataFrame([row for record in records for row in rows(record)])
         frames = [frame for frame in (old, new) if len(frame)]
         if not frames:
-            return old
+            return pd.DataFrame(columns=old.columns)
         # A column without a value (no failure yet) has no type in Parquet: find it again.
         return pd.concat(frames, ignore_index=True).infer_objects()
 
