@@ -65,14 +65,12 @@ def test_oof_predictions_come_from_models_without_the_row(fitted):
     assert change_R[7] < 1e-9 and np.median(change_R) > 1e-4
 
 
-def test_fit_table_is_deterministic_and_counts_progress():
-    table = make_table(40)
+def test_fit_table_is_deterministic_and_counts_progress(fitted):
     steps = []
-    first = fit_table(table, seed=3, progress=lambda *step: steps.append(step))
-    second = fit_table(table, seed=3)
-    pd.testing.assert_frame_equal(first.cv, second.cv, rtol=1e-6)
+    again = fit_table(make_table(), progress=lambda *step: steps.append(step))
+    pd.testing.assert_frame_equal(again.cv, fitted.cv, rtol=1e-6)
     test_MK = draw_mixtures(20, seed=1)
-    np.testing.assert_allclose(first.predict(test_MK), second.predict(test_MK), rtol=1e-6)
+    np.testing.assert_allclose(again.predict(test_MK), fitted.predict(test_MK), rtol=1e-6)
     assert [step[:2] for step in steps] == [(i + 1, 48) for i in range(48)]
     assert steps[0][2] == "planted: mean, first folds" and steps[-1][2] == "linear: lightgbm"
 
@@ -111,11 +109,11 @@ def test_missing_losses_are_masked_for_their_target_only(fitted):
 def test_intervals_cover_new_runs_at_about_their_level():
     # One table of 60 runs misses its level by a few points; the mean over tables must not.
     test_MK, loss_M = draw_world(500, seed=77, noise=0.02)
+    tables = [only(make_table(60, seed * 10, noise=0.02), "planted") for seed in range(6)]
+    fits = [fit_table(table, "inverse-power") for table in tables]
     for level, least, most in ((0.5, 0.42, 0.65), (0.9, 0.85, 0.97)):
         covered = []
-        for seed in range(6):
-            table = make_table(60, seed * 10, noise=0.02)
-            fitted = fit_table(only(table, "planted"), "inverse-power")
+        for fitted in fits:
             low_MT, high_MT = fitted.interval(test_MK, level)
             covered.append(np.mean((low_MT[:, 0] <= loss_M) & (loss_M <= high_MT[:, 0])))
         assert least <= np.mean(covered) <= most
