@@ -1,20 +1,31 @@
-"""Distillation: the loss against a loop, its limits and gradients; teachers of other shapes."""
+"""Distillation: the loss against a loop and its limits; teachers; continued pretraining by arms."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import rayx
+from rayx import Mixture, Optimizer, Schedule
 from rayx.errors import SpecError, StoreError
+from rayx.experiment import load_experiment
+from rayx.methods.mix_cpt import Arm, MixCpt, best_within, less_replay, on_front
+from rayx.proxy import train_pack
 from rayx.proxy.checkpoint import State, write_checkpoint
 from rayx.proxy.distillation import Teachers, distilled_losses
 from rayx.proxy.model import Rotary, initial_parameters, token_logits
-from rayx.spec import Distillation, ModelShape, Parent
-from tests.samples import train_spec
+from rayx.record import CurvePoint, Loss
+from rayx.spec import Distillation, Evaluation, ModelShape, Parent
+from tests.samples import record, train_spec
+
+study = load_experiment(Path(__file__).parents[1] / "experiments" / "mix_cpt.py")
 
 CPU = torch.device("cpu")
 R, B, T, V = 2, 3, 4, 7
@@ -161,3 +172,157 @@ def test_a_teacher_that_cannot_be_read_is_named(store):
         Teachers([absent], store, CPU)
     with pytest.raises(SpecError, match=f"{absent.run_id} has a teacher; give the store"):
         Teachers([absent], None, CPU)
+
+
+# Continued pretraining by arms ---------------------------------------------------------------
+
+
+def base(**changes):
+    return train_spec(schedule=Schedule.constant(Mixture({"law": 1, "web": 3}), 16_384), **changes)
+
+
+def test_an_arm_goes_on_from_the_base_and_is_taught_by_it():
+    method = MixCpt(base=base(), domain="code", tokens=8_192)
+    plain = method.run(Arm())
+    assert plain.parent == Parent(method.base, method.base.steps)
+    assert plain.mixture == Mixture({"code": 1}) and plain.distillation is None
+    assert plain.optimizer == method.base.optimizer and plain.tokens == 8_192
+    replayed = method.run(Arm(ratio=0.6, share=0.5, swap=True, replay_only=True))
+    assert replayed.mixture == Mixture({"code": 0.6, "law": 0.1, "web": 0.3})
+    assert replayed.distillation == Distillation(
+        teacher=plain.parent, share=0.5, swap=True, domains=("law", "web")
+    )
+    everywhere = Distillation(teacher=plain.parent, share=0.5)
+    assert method.run(Arm(share=0.5)).distillation == everywhere
+    slow = method.run(Arm(lr_share=0.1))
+    assert slow.optimizer.lr == pytest.approx(0.1 * plain.optimizer.lr)
+
+
+def test_arms_have_names_and_families_of_equal_size():
+    assert len({arm.name for arm in study.ARMS}) == len(study.ARMS)
+    sizes = pd.Series([arm.family for arm in study.ARMS]).value_counts().to_dict()
+    assert sizes.pop("plain") == 1 and set(sizes.values()) == {4}
+    assert set(sizes) == {"replay", "rate", "distilled", "swapped", "both"}
+    assert Arm(ratio=0.75, share=0.5, swap=True).name == "25% replay, swapped 0.5"
+
+
+def test_what_keeps_a_base_from_forgetting_does_so(tiny_corpus, tmp_path):
+    """Really trained: the base's own predictions hold the old domain, and the text teaches less."""
+    start = dataclasses.replace(
+        base(),
+        corpus=tiny_corpus.fingerprint,
+        model=dataclasses.replace(SMALL, vocab_size=tiny_corpus.vocab_size, context=32),
+        schedule=Schedule.constant(Mixture({"law": 1}), 100 * 8 * 32),
+        optimizer=Optimizer(lr=8e-3, batch_sequences=8),
+        evaluation=Evaluation(points=1, sequences=32),
+    )
+    method = MixCpt(base=start, domain="code", tokens=60 * 8 * 32)
+    arms = [Arm(), Arm(share=0.8), Arm(share=0.8, swap=True)]
+    store = rayx.open(tmp_path / "store", create=True)
+    (trained,) = train_pack([start], tiny_corpus, store=store, keep={start.run_id: [start.steps]})
+    store.put(trained)
+    for arm in arms:
+        store.put(train_pack([method.run(arm)], tiny_corpus, store=store)[0])
+    found = method.outcomes(store, arms).set_index("arm")
+    assert (found["gain"] > 0).all() and found.loc["plain", "forgetting"] > 0
+    for name in ("distilled 0.8", "swapped 0.8"):
+        assert found.loc[name, "forgetting"] < 0.9 * found.loc["plain", "forgetting"]
+        assert found.loc[name, "gain"] < found.loc["plain", "gain"]
+
+
+def outcomes(rows):
+    names = ["arm", "family", "domain_loss", "general_loss", "gain", "forgetting"]
+    return pd.DataFrame(
+        [(arm, family, d, g, 3.0 - d, g - 2.0) for arm, family, d, g in rows], columns=names
+    )
+
+
+PLANTED = outcomes(
+    [
+        ("plain", "plain", 2.0, 3.0),
+        ("half", "replay", 2.2, 2.4),
+        ("most", "replay", 2.6, 2.0),
+        ("swap", "swapped", 2.1, 2.4),  # better than half
+        ("weak", "swapped", 2.5, 2.2),  # worse than replay: 2.4 there
+        ("beyond", "rate", 2.9, 1.9),
+    ]
+)
+
+
+def test_front_and_the_gap_to_replay_by_hand():
+    assert PLANTED["arm"][on_front(PLANTED)].tolist() == ["plain", "most", "swap", "weak", "beyond"]
+    found = less_replay(PLANTED)
+    np.testing.assert_allclose(found[:5], [0, 0, 0, -0.1, 0.1], atol=1e-12)
+    assert np.isnan(found[5])
+    twice = pd.concat([PLANTED, PLANTED])  # equal rows do not dominate each other
+    assert on_front(twice).sum() == 10
+
+
+def test_front_is_what_a_loop_finds():
+    rng = np.random.default_rng(0)
+    drawn = outcomes([("a", "b", *pair) for pair in rng.integers(0, 6, (40, 2))])
+    points = list(zip(drawn["domain_loss"], drawn["general_loss"], strict=True))
+    expected = [not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points) for p in points]
+    assert on_front(drawn).tolist() == expected
+
+
+def test_each_familys_best_within_a_limit_may_be_the_plain_arm():
+    assert best_within(PLANTED, 0.4) == {
+        "plain": "plain",
+        "rate": "beyond",
+        "replay": "half",
+        "swapped": "swap",
+    }
+    assert set(best_within(PLANTED, 1.0).values()) == {"plain"}
+    assert best_within(PLANTED, -0.5)["replay"] == "most"  # none keeps the limit: the nearest
+
+
+def test_experiment_chooses_on_one_seed_and_reports_the_others(tmp_path):
+    corpus = SimpleNamespace(domains=("code", "law", "web"), fingerprint="c0ffee", vocab_size=300)
+    p = study.Parameters(seeds=2, forgetting=0.1)
+    store = rayx.open(tmp_path / "store", create=True)
+
+    def put(spec, domain, general):
+        losses = {d: Loss(1.0, general, 0.0) for d in ("law", "web")}
+        losses["code"] = Loss(1.0, domain, 0.0)
+        point = CurvePoint(spec.steps, spec.tokens, losses)
+        store.put(dataclasses.replace(record(spec), curve=(point,)))
+
+    for method in study.studies(p, corpus):
+        put(method.base, 3.0, 2.0)
+        for arm in study.ARMS:
+            held = max(1 - arm.ratio, 1 - arm.lr_share, arm.share)
+            better = 0.0105 if arm.family == "swapped" else 0.0
+            put(method.run(arm), 2.0 + held**2 - better, 2.4 - 0.4 * held)
+    assert len(study.specs(p, corpus)) == 3 * len(study.ARMS)
+    parts = {m.base.seed: m.base.evaluation.part for m in study.studies(p, corpus)}
+    assert parts == {100: "first", 101: "second", 102: "second"}
+    study.analyse(p, corpus, store, lambda specs: None)
+    report = json.loads(store.read_bytes("reports/mix_cpt.json"))
+    # Forgetting is .4 - .4 held: a limit of .1 asks for held >= .75.
+    assert report["chosen"]["swapped"] == "swapped 0.75"
+    assert report["chosen"]["replay"] == "75% replay" and report["chosen"]["plain"] == "plain"
+    means = {row["arm"]: row for row in report["means"]}
+    assert means["swapped 0.75"]["less_replay"] == pytest.approx(-0.0105)
+    assert means["swapped 0.75"]["count"] == 2 and means["plain"]["front"]
+    assert "swapped: swapped 0.75 gains 0.448, forgets +0.100" in report["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ratio": 0.0}, "Arm.ratio is 0.0; expected a share in"),
+        ({"lr_share": 2}, "Arm.lr_share is 2"),
+        ({"share": 1.5}, "Arm.share is 1.5"),
+        ({"swap": True}, "Arm.swap is True; expected False without a teacher"),
+        ({"share": 0.5, "replay_only": True}, "Arm.replay_only is True"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(SpecError, match=said):
+        Arm(**changes)
+
+
+def test_a_domain_of_the_base_is_not_new():
+    with pytest.raises(SpecError, match="MixCpt.domain is 'web'; expected none of the base's"):
+        MixCpt(base=base(), domain="web", tokens=8_192)
