@@ -42,11 +42,8 @@ FEW = ("code", "docs", "readmes", "wiki")  # no domain holds readmes
 ONLINE = "D online"
 PRIOR = "proportional"
 MAIN = "D diagonal"
-MEASURED: dict[str, Any] = {
-    "sequences": 32,
-    "probe_sequences": 64,
-}  # of each source, of each target
-BRANCH_TOKENS = 65_536  # of a branch on one domain
+MEASURED: dict[str, Any] = {"sequences": 32, "probe_sequences": 64}  # of a source, of a target
+BRANCH_TOKENS = 32_768  # of a branch on one domain
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class Parameters:
     corpus: str = "data/sample"  # where the sample corpus is, or is built
     targets: str = "few"  # or "domains"
     proxies: int = 24
-    proxy_tokens: int = 160_000
-    final_tokens: int = 400_000
+    proxy_tokens: int = 128_000
+    final_tokens: int = 320_000
     candidates: int = 48  # mixed sets that M measures
     seed: int = 1  # 100 chose the settings
     seeds: int = 3
@@ -142,9 +139,9 @@ def online(p: Parameters, corpus: Corpus, seed: int) -> TrainSpec:
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return runs as costly as the final ones."""
-    arms = 6 + len(CURVATURES)
-    runs = [[online(p, corpus, seed), *[final(p, corpus, seed)] * arms] for seed in seeds(p)]
-    return [spec for of_seed in runs for spec in of_seed]
+    others = range(1, 7 + len(CURVATURES))  # arms of a constant mixture
+    constant = [final(p, corpus, 1_000 * arm + seed) for arm in others for seed in seeds(p)]
+    return [*constant, *(online(p, corpus, seed) for seed in seeds(p))]
 
 
 def chosen(
@@ -239,9 +236,10 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     sweep([spec for arms in runs.values() for spec in arms.values()])
     found = table(p, corpus, store, runs)
     said = verdict(found)
+    branches = {seed: tikmix(p, corpus, seed).branches(BRANCH_TOKENS) for seed in fits}
     said["forecast_spearman"] = {
-        curvature: [tikmix(p, corpus, s, curvature).forecast(store, BRANCH_TOKENS) for s in fits]
-        for curvature in CURVATURES
+        c: [tikmix(p, corpus, seed, c).forecast(store, branches[seed]) for seed in fits]
+        for c in CURVATURES
     }
     said["m_spearman"] = {  # over mixed sets: of the regressor where it has not looked; of S w
         "held out": [float(fitted.cv["spearman"].mean()) for fitted in fits.values()],

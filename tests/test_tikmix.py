@@ -274,7 +274,7 @@ def test_a_forecast_is_judged_by_branches_of_the_surveyed_run(store):
         point = CurvePoint(spec.steps, spec.tokens, losses)
         store.put(dataclasses.replace(record(spec), curve=(point,)))
     # Influence ranks math first and the others as equals.
-    assert tikmix.forecast(store, 4_096) == {"code": pytest.approx(0.866, abs=1e-3)}
+    assert tikmix.forecast(store, branches) == {"code": pytest.approx(0.866, abs=1e-3)}
 
 
 def test_sums_of_domains_tell_mixed_sets_as_far_as_the_world_is_linear(store):

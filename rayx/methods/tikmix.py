@@ -262,10 +262,10 @@ class TiKMiX:
             for domain in self.domains
         ]
 
-    def forecast(self, store: Store, tokens: int) -> dict[str, float]:
+    def forecast(self, store: Store, branches: Sequence[TrainSpec]) -> dict[str, float]:
         """Return target -> Spearman over domains of influence with minus the loss of `branches`."""
         influence_PK = self.influence(store, self.single())
-        losses = [store.get(spec.run_id).losses for spec in self.branches(tokens)]
+        losses = [store.get(spec.run_id).losses for spec in branches]
         return {
             target: spearman(influence_K, -np.array([loss[target].nats for loss in losses]))
             for target, influence_K in zip(self.targets, influence_PK, strict=True)
