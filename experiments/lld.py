@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 BASES = {"untrained": 0, "pretrained": 600_000}  # tokens
 FIRST = Evaluation(points=1, sequences=64, part="first")
 SECOND = Evaluation(points=1, sequences=64, part="second")
-TRAINED = ("random search", "identity", "gradient, ridge", "response, ridge", "sweep")
+TRAINED = ("random search", "identity", "identity, uniform run", "gradient, ridge",
+           "response, ridge", "sweep")  # fmt: skip
 DRAWN = ("uniform", "identity", "sweep", "planted", "distillation")
 FRESH = 1_000  # an order of the data that no target has
 PLANT = 0  # whose estimates are trained on
@@ -68,20 +69,16 @@ def studies(p: Parameters, corpus: Corpus) -> dict[tuple[str, int], LldStudy]:
     domains = tuple(corpus.domains)
     shape = ModelShape(layers=1, width=p.width, heads=p.width // 16, ffn_width=3 * p.width,
                        vocab_size=corpus.vocab_size, context=64)  # fmt: skip
+    lr = 8e-3 * (64 / p.width) ** 0.5
+    optimizer = Optimizer(lr=lr, batch_sequences=8, warmup_share=0.02)
     found = {}
     for base, base_tokens in BASES.items():
         for seed in range(p.seed, p.seed + p.seeds):
             template = TrainSpec(
-                corpus=corpus.fingerprint,
-                model=shape,
+                corpus=corpus.fingerprint, model=shape, optimizer=optimizer, evaluation=FIRST,
                 schedule=Schedule.constant(Mixture.uniform(domains), p.tokens),
-                optimizer=Optimizer(
-                    lr=8e-3 * (64 / p.width) ** 0.5, batch_sequences=8, warmup_share=0.02
-                ),
-                evaluation=FIRST,
-                seed=seed,
-                data_seed=seed,
-            )
+                seed=seed, data_seed=seed,
+            )  # fmt: skip
             found[base, seed] = LldStudy(
                 template=template, domains=domains, base_tokens=base_tokens, tokens=p.tokens,
                 proxies=p.proxies, plants=p.plants,

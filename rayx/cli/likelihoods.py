@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rayx.proxy.models import Model
 
 IDENTITY, PROJECTION, GRADIENT, SWEEP = "identity", "projection", "gradient", "sweep"
+STRANGE = 9.0  # mean square distance from the nearest mixture, in variances of a run's noise
 ESTIMATORS = (IDENTITY, PROJECTION, GRADIENT, SWEEP)
 
 
@@ -68,6 +69,10 @@ def lld(
         raise SpecError(f"--estimator is {name!r}; expected one of {', '.join(ESTIMATORS)}.{hint}")
     if (name == SWEEP) != (sweep is not None):
         raise SpecError(f"--estimator {name} and --sweep {sweep}; give --sweep with sweep alone.")
+    by_kernel = name in (IDENTITY, PROJECTION)
+    if (ridge and by_kernel) or (temperature != 1.0 and not by_kernel):
+        raise SpecError(f"--ridge is of {GRADIENT} and {SWEEP}, --temperature of the others; "
+                        f"the estimator is {name}.")  # fmt: skip
     leaning = parse_numbers("--prior", prior) or None
     opened = Corpus.load(corpus)
     inversion = None
@@ -151,3 +156,7 @@ def _show(found: Estimate, facts: Mapping[str, Any], base: Likelihoods) -> None:
     )
     if not found.aligned:
         warn(["no mixture takes the base nearer to the target; the weights are the prior's"])
+    if facts["runs"] and found.misfit > STRANGE * len(base.targets):
+        sds = (found.misfit / len(base.targets)) ** 0.5
+        warn([f"the target's losses are {sds:.0f} standard deviations of a run's noise from those "
+              "of the nearest mixture: it was not trained as the sweep's runs were"])  # fmt: skip

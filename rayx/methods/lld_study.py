@@ -123,13 +123,19 @@ class LldStudy:
         specs = [self.run(Mixture(row)) for row in rows]
         return [Parent(spec, spec.steps) for spec in specs]
 
+    @property
+    def reference(self) -> Parent:
+        """A run on the uniform mixture, as long as a target's."""
+        spec = self.run(self.uniform)
+        return Parent(spec, spec.steps)
+
     def targets(self) -> dict[tuple[int, str], Parent]:
         """Return (plant, order) -> target."""
         return {(p, o): self.target(p, o) for p in range(self.plants) for o in (SHARED, OWN)}
 
     def specs(self) -> list[TrainSpec | MergeSpec]:
         """Return all that estimates need."""
-        states = [*self.targets().values(), *self.responses()]
+        states = [*self.targets().values(), *self.responses(), self.reference]
         return [*self.sweep(), *(state.spec for state in states), *kept(states)]
 
     def estimates(
@@ -137,6 +143,8 @@ class LldStudy:
     ) -> dict[tuple[int, str], dict[str, Estimate]]:
         """Return (plant, order) -> estimator -> estimate.
 
+        `identity, uniform run` takes the differences from a run on the uniform mixture instead of
+        from the base, so that what every run learns drops out; one run more than `identity`.
         `random search` is the mixture of the proxy whose losses, one common shift aside, are
         nearest the target's: as costly as the sweep that is inverted.
 
@@ -145,7 +153,7 @@ class LldStudy:
             read: Vectors of states, on the texts that the sweep was evaluated on.
             gradients_NK: `rayx.proxy.likelihood.gradient_kernel` of the base.
         """
-        base, *responses = read([self.base, *self.responses()])
+        base, reference, *responses = read([self.base, self.reference, *self.responses()])
         rows = [state.spec.mixture.to_array(self.domains) for state in self.responses()]
         response_NK = response_kernel(base, responses, np.array(rows))
         sweep = self.sweep()
@@ -160,6 +168,7 @@ class LldStudy:
             nearest = int((gap_RT - gap_RT.mean(1, keepdims=True)).var(1).argmin())
             found[key] = {
                 "identity": identity_kernel(base, target),
+                "identity, uniform run": identity_kernel(reference, target),
                 "projection": identity_kernel(base, target, projection=True),
                 "gradient": aligned(base, target, gradients_NK),
                 "gradient, ridge": aligned(base, target, gradients_NK, None, RIDGE),
