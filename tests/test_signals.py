@@ -153,7 +153,7 @@ def test_losses_and_excess_equal_plain_sums(monkeypatch):
     assert probe_losses(parameters, SHAPE, ROTARY, probes) == pytest.approx(np.hstack(want))
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**30, 1])
+@pytest.mark.parametrize("chunk_bytes", [2**27, 1])
 def test_drops_equal_a_plain_loop_over_copies(chunk_bytes, monkeypatch):
     monkeypatch.setattr(signals, "CHUNK_BYTES", chunk_bytes)
     specs = [

@@ -22,7 +22,7 @@ from rayx.proxy.model import Rotary, token_logits, token_losses
 from rayx.proxy.optimizer import PackedAdamW
 from rayx.spec import ModelShape, TrainSpec
 
-CHUNK_BYTES = 2**30  # memory of the copies that one pass holds: parameters, gradients, activations
+CHUNK_BYTES = 2**27  # of the copies of one pass, with gradients and activations; more is no faster
 SKETCH = 8192  # numbers that a projected gradient is kept in
 
 Tensors = Mapping[str, Tensor]
