@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,20 +14,30 @@ import torch
 
 import rayx
 from rayx.errors import SpecError, StoreError
+from rayx.experiment import load_experiment
 from rayx.methods.mixing_agent import MixingAgent, read_transitions
 from rayx.mixture import Mixture, Phase, Schedule
 from rayx.policies.agent import Agent, network_size, q_values, state_features
-from rayx.policy import Losses, Setting
+from rayx.policy import Decision, Losses, Setting
+from rayx.proxy import set_threads
 from rayx.proxy.agent import Transitions, train_agent
 from rayx.record import CurvePoint, Loss
 from rayx.spec import Evaluation, Parent, TrainSpec
 from tests.samples import record, train_spec
+
+experiment = load_experiment(Path(__file__).parents[1] / "experiments" / "mixing_agent.py")
 
 DOMAINS = ("code", "math", "web")
 EQUAL: dict[str, float] = dict.fromkeys(DOMAINS, 1.0)
 BATCH = 4 * 128
 GAIN_KK = np.array([[0.9, 0.1, 0.0], [0.3, 0.3, 0.0], [0.6, 0.0, 0.1]])  # of a whole run
 BYTES = 0.5  # bits per byte of a nat
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small matrices; threads that wait for each other take longer."""
+    set_threads(1)
 
 
 def steered(steps: int = 240, **changes) -> TrainSpec:
@@ -159,7 +172,7 @@ def test_the_network_is_the_same_in_numpy_and_from_a_loop():
     assert state_F.tolist() == [0.25, 0.2, 0.3, 0.5, 0.5, 0.5, 0.5]
     actions_MK = rng.dirichlet(np.ones(3), size=4)
     for action_K, q in zip(actions_MK, q_values(network, state_F, actions_MK), strict=True):
-        inputs = [*state_F, *action_K]
+        inputs = [*state_F, *np.sqrt(action_K)]
         hidden = [
             math.tanh(sum(x * first[i, h] for i, x in enumerate(inputs)) + rest[h])
             for h in range(units)
@@ -180,7 +193,14 @@ def test_q_learning_of_one_phase_is_a_regression():
         next_NF=states_NF,
         last_N=np.ones(120, dtype=bool),
     )
-    settings = {"alpha": 0.0, "weight_decay": 0.0, "steps": 600, "lr": 2e-2, "actions": 1}
+    settings = {
+        "alpha": 0.0,
+        "weight_decay": 0.0,
+        "steps": 600,
+        "lr": 2e-2,
+        "members": 1,
+        "actions": 1,
+    }
     network = np.array(train_agent(transitions, **settings))
     found_N = q_values(network, states_NF[0], actions_NK)
     assert np.abs(found_N - rewards_N).max() < 0.1 * rewards_N.std()
@@ -248,6 +268,66 @@ def test_weights_fill_the_run_and_what_is_left_over_is_the_last(trained):
         value = np.ones(3)
     assert taken[0] == (0, False) and sum(steps for steps, _ in taken) == 101
     assert [last for _, last in taken] == [False] * trained.decisions + [True]
+
+
+def test_experiment_compares_agents_with_what_the_searches_found(tmp_path):
+    corpus = SimpleNamespace(
+        domains=DOMAINS,
+        fingerprint="c0ffee",
+        vocab_size=1024,
+        proportional=lambda: {"code": 0.1, "math": 0.2, "web": 0.7},
+    )
+    p = experiment.Parameters(trajectories=3, phases=3, seeds=2)
+    store = rayx.open(tmp_path / "store", create=True)
+    trained = []
+
+    def sweep(specs):
+        trained.extend(specs)
+        for spec in specs:
+            for run in spec.path:
+                store.put(planted(run) if run.policy is None else played_record(run))
+
+    def played_record(spec):
+        average_K, loss = played(spec.policy, steps=spec.steps)
+        losses = {d: Loss(loss, BYTES * loss, 0.01) for d in DOMAINS}
+        weights: dict[str, float] = {d: float(w) for d, w in zip(DOMAINS, average_K, strict=True)}
+        decisions = [Decision(step=0, weights=weights) for _ in range(1 + p.phases)]
+        return dataclasses.replace(
+            record(spec),
+            curve=(CurvePoint(spec.steps, spec.tokens, losses),),
+            decisions=tuple(decisions),
+            flops=1.25 * spec.flops,
+            signal_flops=0.25 * spec.flops,
+        )
+
+    sweep(experiment.specs(p, corpus))
+    assert {spec.evaluation.part for spec in trained} == {"first"}
+    trained.clear()
+    assert experiment.analyse(p, corpus, store, sweep) is None
+    assert {spec.evaluation.part for spec in trained} == {"second"}
+    assert {spec.seed for spec in trained} == {p.seed + 1, p.seed + 2}
+    assert len(experiment.follow_up(p, corpus)) == len(trained) == 7 * 2
+    report = json.loads(store.read_bytes("reports/mixing_agent.json"))
+    arms = report["comparison"]["arms"]
+    assert set(arms) == {
+        "choice",
+        "agent, not conservative",
+        "uniform",
+        "proportional",
+        "the objective's weights",
+        "random search",
+        "best trajectory",
+    }
+    least = min(
+        experiment.searched(p, corpus),
+        key=lambda run: experiment.mean_loss(
+            store.get(run.run_id).losses, experiment.objective(p, corpus)
+        ),
+    )
+    assert report["search_mixture"] == arms["random search"]["mixture"] == dict(least.mixture)
+    assert arms["the objective's weights"]["mixture"] == {"code": 0.5, "math": 0.25, "web": 0.25}
+    assert len(report["decisions"]) == p.phases
+    assert report["signal_share_of_flops"] == pytest.approx(0.25)
 
 
 # Refusals ------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from rayx.record import Record
 from rayx.spec import TrainSpec
 from rayx.store import Store
 
-CENTRES, AROUND = 2.0, 6.0  # Dirichlet strengths: of a trajectory's centre, of its phases around it
+# Dirichlet strengths: of each trajectory's centre around the prior, of its phases around the centre.
+CENTRES, AROUND = 4.0, 12.0
 LEAST = 0.05  # added to each concentration
 
 
@@ -77,7 +78,7 @@ class MixingAgent:
         evaluation = dataclasses.replace(template.evaluation, points=self.phases, part="first")
         runs = []
         for _ in range(self.trajectories):
-            centre_K = rng.dirichlet(CENTRES * len(domains) * prior_K + LEAST)
+            centre_K = rng.dirichlet(CENTRES * prior_K + LEAST)
             drawn_PK = rng.dirichlet(AROUND * centre_K + LEAST, size=self.phases)
             phases = tuple(
                 Phase(Mixture.from_array(weights_K, domains), int(tokens))

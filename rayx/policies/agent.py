@@ -47,7 +47,8 @@ def network_size(num_domains: int, units: int) -> int:
 def q_values(network: np.ndarray, state_F: np.ndarray, actions_MK: np.ndarray) -> np.ndarray:
     """Return the fall of the loss that is expected from here to the end, for each action.
 
-    Q(s, a) = c + v^T tanh(b + W^T (s, a)); `network` is W (row by row), b, v and c.
+    Q(s, a) = c + v^T tanh(b + W^T (s, sqrt a)); `network` is W (row by row), b, v and c. The root,
+    for a larger share gains less and less.
 
     Args:
         network: Shape ((3K + 3) H + 1,).
@@ -62,7 +63,7 @@ def q_values(network: np.ndarray, state_F: np.ndarray, actions_MK: np.ndarray) -
     first = network[: inputs * units].reshape(inputs, units)
     offset_H, second_H = network[inputs * units : -1].reshape(2, units)
     states_MF = np.broadcast_to(state_F, (len(actions_MK), len(state_F)))
-    hidden_MH = np.tanh(np.hstack([states_MF, actions_MK]) @ first + offset_H)
+    hidden_MH = np.tanh(np.hstack([states_MF, np.sqrt(actions_MK)]) @ first + offset_H)
     return hidden_MH @ second_H + network[-1]
 
 
