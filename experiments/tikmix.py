@@ -170,9 +170,8 @@ def search_flops(p: Parameters, corpus: Corpus, store: Store, seed: int) -> dict
     proxies = [store.get(spec.run_id).flops for spec in regmix(p, corpus, seed).specs()]
     full = float(sum(proxies))
     cost = {"RegMix": full, "random": full, "random, a fifth": 0.2 * full}
-    for curvature in CURVATURES:
-        single = tikmix(p, corpus, seed, curvature).single()
-        cost[f"D {curvature}"] = store.get(single.run_id).flops
+    single = {c: tikmix(p, corpus, seed, c).single() for c in CURVATURES}
+    cost |= {f"D {c}": store.get(spec.run_id).flops for c, spec in single.items()}
     cost["M diagonal"] = store.get(tikmix(p, corpus, seed).mixed().run_id).flops
     cost[ONLINE] = store.get(online(p, corpus, seed).run_id).signal_flops
     return cost
@@ -181,9 +180,8 @@ def search_flops(p: Parameters, corpus: Corpus, store: Store, seed: int) -> dict
 def table(
     p: Parameters, corpus: Corpus, store: Store, runs: Mapping[int, Mapping[str, TrainSpec]]
 ) -> pd.DataFrame:
-    """Return a row for each arm and seed: loss, worse (targets above the prior's), cost, weights.
-
-    Cost is that of the search, as a share of RegMix's.
+    """Return a row for each arm and seed: loss, worse (targets above the prior's), cost (of the
+    search, as a share of RegMix's), every target's loss, and weights.
     """
     wanted, rows = targets(p, corpus), []
     for seed, arms in runs.items():
@@ -205,18 +203,15 @@ def verdict(found: pd.DataFrame) -> dict[str, Any]:
     loss = {str(arm): rows["loss"].to_numpy(float) for arm, rows in found.groupby("arm")}
     gap = {arm: loss_S - loss[MAIN] for arm, loss_S in loss.items()}
     mine = found[found["arm"] == MAIN]
-
-    def against(arm: str) -> str:
-        won = int((gap[arm] > 0).sum())
-        return f"{arm} by {gap[arm].mean():+.4f} ({won} of {len(gap[arm])} seeds)"
-
-    arms = ("RegMix", "random, a fifth", "uniform", PRIOR)
+    against = [
+        f"{arm} by {gap[arm].mean():+.4f} ({(gap[arm] > 0).sum()} of {len(mine)} seeds)"
+        for arm in ("RegMix", "random, a fifth", "uniform", PRIOR)
+    ]
     return {
         "arm_less_d": {arm: gap_S.tolist() for arm, gap_S in gap.items()},
         "verdict": (
-            f"{MAIN} was below (+) or above (-), in bits per byte, "
-            + ", ".join(against(arm) for arm in arms)
-            + f"; its search cost {mine['cost'].mean():.1%} of RegMix's. On average "
+            f"{MAIN} was below (+) or above (-), in bits per byte, {', '.join(against)}; its "
+            f"search cost {mine['cost'].mean():.1%} of RegMix's. On average "
             f"{mine['worse'].mean():.1f} targets were worse than with the prior."
         ),
     }
@@ -228,17 +223,16 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     runs: dict[int, dict[str, TrainSpec]] = {}
     for seed, fitted in fits.items():
         template, arms = final(p, corpus, seed), chosen(p, corpus, store, seed, fitted)
-        runs[seed] = {
+        runs[seed] = {ONLINE: online(p, corpus, seed)} | {
             arm: dataclasses.replace(template, schedule=Schedule.constant(mixture, p.final_tokens))
             for arm, mixture in arms.items()
         }
-        runs[seed][ONLINE] = online(p, corpus, seed)
     sweep([spec for arms in runs.values() for spec in arms.values()])
     found = table(p, corpus, store, runs)
     said = verdict(found)
     branches = {seed: tikmix(p, corpus, seed).branches(BRANCH_TOKENS) for seed in fits}
     said["forecast_spearman"] = {
-        c: [tikmix(p, corpus, seed, c).forecast(store, branches[seed]) for seed in fits]
+        c: {s: tikmix(p, corpus, s, c).forecast(store, branches[s]) for s in fits}
         for c in CURVATURES
     }
     said["m_spearman"] = {  # over mixed sets: of the regressor where it has not looked; of S w
@@ -249,9 +243,8 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     store.write_json(f"reports/tikmix-{p.targets}.json", said)
     means = pd.DataFrame(found.drop(columns="seed").groupby("arm").mean()).sort_values("loss")
     log.info("mean over %d seeds:\n%s", p.seeds, means.round(4).to_string())
-    log.info("arm less D, by seed: %s", said["arm_less_d"])
-    for curvature, of_seeds in said["forecast_spearman"].items():
-        mean = pd.DataFrame(of_seeds).mean().round(2).to_dict()
-        log.info("Spearman of influence (%s) with branches: %s", curvature, mean)
+    for c, of_seeds in said["forecast_spearman"].items():
+        mean = pd.DataFrame(of_seeds).mean(axis=1).round(2).to_dict()
+        log.info("Spearman of influence (%s) with branches: %s", c, mean)
     log.info("Spearman of mixed sets' influence, by seed: %s", said["m_spearman"])
     log.info("%s", said["verdict"])
