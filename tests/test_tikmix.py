@@ -1,15 +1,16 @@
-"""TiKMiX: the solver against a grid, its bounds, the policies' blocks, M's search; no training."""
+"""TiKMiX: the solver against a grid, its bounds, the policies' blocks, M's search; one tiny run."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
 
 import rayx
-from rayx import Mixture, Schedule
+from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule
 from rayx.errors import ChoiceError, SpecError, StoreError
 from rayx.methods.tikmix import TiKMiX, latin_mixtures, search
 from rayx.policies.tikmix import (
@@ -20,6 +21,7 @@ from rayx.policies.tikmix import (
     scales,
 )
 from rayx.policy import Decision, Setting, policy_from_json, policy_to_json
+from rayx.proxy import set_threads, train_pack
 from rayx.record import CurvePoint, Loss, Record
 from rayx.spec import TrainSpec
 from tests.samples import record, train_spec
@@ -291,3 +293,27 @@ def test_sums_of_domains_tell_mixed_sets_as_far_as_the_world_is_linear(store):
         )
     assert exact.additivity(store) == pytest.approx(1.0, abs=0.001)
     assert noisy.additivity(store) < 0.9
+
+
+def test_a_real_pack_measures_and_remixes(tiny_corpus):
+    set_threads(1)  # on a busy machine threads of so small a model wait for each other
+    domains = tuple(tiny_corpus.domains)
+    measured: dict[str, Any] = {"sequences": 8, "probe_sequences": 16}
+    shape = ModelShape(
+        layers=1, width=16, heads=2, ffn_width=32, vocab_size=tiny_corpus.vocab_size, context=16
+    )
+    survey = TrainSpec(
+        corpus=tiny_corpus.fingerprint,
+        model=shape,
+        schedule=Schedule.constant(Mixture.uniform(domains), 4_800),
+        optimizer=Optimizer(lr=1e-2, batch_sequences=4),
+        evaluation=Evaluation(points=1, sequences=8, part="second"),
+        policy=InfluenceSurvey(**measured),
+    )
+    online = dataclasses.replace(survey, policy=TiKMiXD(targets=("law",), **measured))
+    surveyed, remixed = train_pack([survey, online], tiny_corpus)
+    influence_PK = np.array(surveyed.decisions[-1].signal)
+    assert (influence_PK.argmax(axis=1) == np.arange(3)).all()  # the texts share no words
+    assert surveyed.mixture == survey.mixture and surveyed.signal_flops > 0
+    assert [decision.step for decision in remixed.decisions] == [0, 15, 30, 45, 60]
+    assert remixed.decisions[-1].weights["law"] > 0.45
