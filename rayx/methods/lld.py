@@ -74,7 +74,7 @@ def identity_kernel(
     Raises:
         SpecError: Base and target are equal on the texts, or on each domain's mean.
 
-    Source: derived (METHODS: estimator A1).
+    Source: derived.
     """
     require(temperature > 0, "temperature", temperature, "a number > 0")
     d_N = difference(base, target)
@@ -106,8 +106,8 @@ def aligned(
 
     min over pi, c >= 0 of ||c K pi - d||^2 / ||d||^2 + ridge KL(pi || prior), K and d centred over
     the texts. Without a ridge: u = argmin_{u >= 0} ||K u - d||, pi = u / sum(u). By `domain` the
-    rows are first averaged over each domain's texts; the K - 1 differences that are left do not
-    fix K weights and a length, so a ridge is needed there.
+    rows are first averaged over each domain's texts; the K - 1 differences that are left do not fix
+    K weights and a length, so that planted mixtures are found badly.
 
     Args:
         base: Where training starts.
@@ -123,7 +123,7 @@ def aligned(
     Raises:
         SpecError: Shapes differ, a value is not finite, or base and target are equal on the texts.
 
-    Source: derived (METHODS: estimators A2 and A3).
+    Source: derived.
     """
     domains, kernel_EK = base.targets, np.asarray(kernel_NK, float)
     prior_K, wanted_E = prior_array(prior, domains), difference(base, target)
@@ -177,7 +177,7 @@ def response_kernel(
     Raises:
         SpecError: Too few runs, mixtures that do not span the domains, or other texts.
 
-    Source: derived (METHODS: estimator A3).
+    Source: derived.
     """
     weights_RK = np.asarray(weights_RK, float)
     expected = (len(runs), len(base.targets))

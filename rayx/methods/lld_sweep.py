@@ -49,7 +49,7 @@ class SweepInversion:
         SpecError: Fewer than 8 runs, fewer than two targets, or shapes that differ.
         FitError: A loss is not positive or not finite.
 
-    Source: derived (METHODS: estimator A4).
+    Source: derived.
     """
 
     weights_RK: np.ndarray

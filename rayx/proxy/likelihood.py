@@ -161,7 +161,7 @@ def gradient_kernel(
         CorpusError: A domain's held-out text is shorter than one sequence.
         SpecError: A gradient is zero or not finite.
 
-    Source: derived (METHODS: the kernel of estimator A2).
+    Source: derived.
     """
     place, context = torch.device(device), shape.context
     rotary = Rotary(shape, place)
