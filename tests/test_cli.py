@@ -51,18 +51,22 @@ def specs(p, corpus):
 """
 
 
+def run_main(*arguments: object) -> int:
+    """Run the real entry point; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["rayx", *map(str, arguments)])
+        main()
+    return stopped.value.code if isinstance(stopped.value.code, int) else 0
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     """Run the real entry point in a folder of its own; return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rayx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), out, err
+        code = run_main(*arguments)
+        return (code, *capsys.readouterr())
 
     return call
 
@@ -72,6 +76,15 @@ def experiment(tiny_corpus, tmp_path) -> Path:
     file = tmp_path / "study.py"
     file.write_text(EXPERIMENT.format(corpus=tiny_corpus.url))
     return file
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster, tiny_corpus, tmp_path_factory) -> Path:
+    """A folder in which `rayx run study.py --store s --set runs=10` was done."""
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "study.py").write_text(EXPERIMENT.format(corpus=tiny_corpus.url))
+    assert run_main("run", folder / "study.py", "--store", folder / "s", "--set", "runs=10") == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +109,19 @@ def csv_files(folder: Path, store) -> tuple[Path, Path]:
 
 
 @pytest.mark.ray
-def test_run_trains_shows_and_does_nothing_the_second_time(ray_cluster, cli, experiment):
-    code, _, err = cli("run", experiment, "--store", "s", "--set", "runs=3")
-    assert code == 0, err
-    code, out, _ = cli("status", "s")
-    assert code == 0 and out.startswith("3/3 runs") and "(finished)" in out
-    state = json.loads(cli("status", "s", "--json")[1])
-    assert (state["ok"], state["failed"], state["alive"]) == (3, 0, False)
-    before = {f: f.stat().st_mtime_ns for f in Path("s/records").iterdir()}
-    assert cli("run", experiment, "--store", "s", "--set", "runs=3")[0] == 0
-    assert before == {f: f.stat().st_mtime_ns for f in Path("s/records").iterdir()}
-    code, out, _ = cli("query", "s", "select count(*) as n from runs where status = 'ok'", "--csv")
-    assert (code, out) == (0, "n\n3\n")
-    assert cli("run", experiment, "--store", "s", "--limit", "1")[0] == 0
-    code, out, err = cli("report", "s", "--out", "page.html")
-    assert code == 0 and "nothing could be fitted" in err and Path("page.html").stat().st_size > 1e3
+def test_run_trains_shows_and_does_nothing_the_second_time(swept, cli):
+    store, run = swept / "s", ("run", swept / "study.py", "--store", swept / "s")
+    code, out, _ = cli("status", store)
+    assert code == 0 and out.startswith("10/10 runs") and "(finished)" in out
+    state = json.loads(cli("status", store, "--json")[1])
+    assert (state["ok"], state["failed"], state["alive"]) == (10, 0, False)
+    before = {f: f.stat().st_mtime_ns for f in (store / "records").iterdir()}
+    assert cli(*run, "--set", "runs=10")[0] == 0
+    assert before == {f: f.stat().st_mtime_ns for f in (store / "records").iterdir()}
+    query = "select count(*) as n from runs where status = 'ok'"
+    code, out, _ = cli("query", store, query, "--csv")
+    assert (code, out) == (0, "n\n10\n")
+    assert cli(*run, "--limit", "1")[0] == 0
 
 
 @pytest.mark.ray
@@ -167,6 +178,16 @@ def test_choose_plan_and_report_from_a_store(cli, world_store, tmp_path):
     assert code == 2 and "more than one" in err and "give --name" in err
 
 
+def test_report_of_three_runs_says_that_nothing_could_be_fitted(cli, world_store):
+    world, few = world_store[0], rayx.open("few", create=True)
+    weights_RK = np.random.default_rng(1).dirichlet(np.ones(4), 3)
+    world.fill(
+        few, [world.spec(rayx.Mixture.from_array(w, world.domains), 200_000) for w in weights_RK]
+    )
+    code, _, err = cli("report", "few", "--out", "page.html")
+    assert code == 0 and "nothing could be fitted" in err and Path("page.html").stat().st_size > 1e3
+
+
 def test_choose_obeys_its_options_and_prints_a_front(cli, world_store, tmp_path):
     weights, losses = csv_files(tmp_path, world_store[1])
     tokens = ",".join(
@@ -203,18 +224,16 @@ def test_choose_obeys_its_options_and_prints_a_front(cli, world_store, tmp_path)
 
 
 @pytest.mark.ray
-def test_choose_with_a_corpus_writes_a_plan_that_stands_alone(
-    ray_cluster, cli, experiment, tiny_corpus
-):
-    assert cli("run", experiment, "--store", "s", "--set", "runs=10")[0] == 0
+def test_choose_with_a_corpus_writes_a_plan_that_stands_alone(swept, cli, tiny_corpus):
+    store = swept / "s"
     tokens = 4 * tiny_corpus.tokens["law"]
     code, out, err = cli(
-        "choose", "s", "--corpus", tiny_corpus.url, "--tokens", tokens, "--max-epochs", 3,
+        "choose", store, "--corpus", tiny_corpus.url, "--tokens", tokens, "--max-epochs", 3,
         "--discount", "corpus", "--regressor", "ridge", "--json",
     )  # fmt: skip
     assert code == 0, err
     choice = Choice.from_json(out)
-    code, out, _ = cli("plan", "s", "--out", "plan.json")
+    code, out, _ = cli("plan", store, "--out", "plan.json")
     assert code == 0 and json.loads(out) == json.loads(Path("plan.json").read_text())
     plan = Plan.from_json(json.loads(out))
     assert plan.schedule.tokens == tokens and plan.corpus == tiny_corpus.fingerprint
