@@ -28,7 +28,7 @@ from pathlib import Path
 import pandas as pd
 
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
-from rayx.candidates import regmix_mixtures
+from rayx.candidates import regmix_mixtures, supply_caps
 from rayx.corpus import Source, build_corpus, build_sample, extract_sample
 from rayx.corpus.manifest import MANIFEST, TOKENIZER
 from rayx.corpus.sample import HELDOUT_SHARE
@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 
 WIDTH = 64
 RANDOM = "random search"
-TRIED = 5  # mixtures: the arms take 5 runs' worth of tokens, trunks counted once
+TRIED = 6  # mixtures: the arms take 6 runs' worth of tokens, trunks counted once
+STRENGTHS = (2.0, 20.0)  # of its draws: few tries, so none near one domain alone
+TRIED_EPOCHS = 20  # most passes over a domain in random search, above which text is worth little
 REPORT = Evaluation(points=1, sequences=256, part="second")
 
 
@@ -123,11 +125,12 @@ def studies(p: Parameters, corpus: Corpus) -> dict[int, Cooldown]:
 
 def tried(study: Cooldown) -> list[TrainSpec]:
     """Return the runs of random search: constant mixtures around the natural one."""
-    mixtures = regmix_mixtures(study.tokens_by_domain, TRIED, seed=study.template.seed)
+    supply, tokens = study.tokens_by_domain, study.template.schedule.tokens
+    seed = study.template.seed
+    caps = supply_caps(supply, tokens, TRIED_EPOCHS)
+    mixtures = regmix_mixtures(supply, TRIED, seed=seed, caps=caps, strengths=STRENGTHS)
     return [
-        dataclasses.replace(
-            study.template, schedule=Schedule.constant(mixture, study.template.schedule.tokens)
-        )
+        dataclasses.replace(study.template, schedule=Schedule.constant(mixture, tokens))
         for mixture in mixtures
     ]
 

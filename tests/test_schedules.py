@@ -502,8 +502,9 @@ def test_arms_have_equal_tokens_and_those_that_begin_alike_share_a_trunk():
     assert trunks["reversed"] == trunks["proportional"] != trunks["uniform"]
     cooled, reverse = read_by(runs["cooldown"]), read_by(runs["reversed"])
     assert cooled == pytest.approx(reverse, abs=2 * BATCH)  # only the order differs
-    # Two pairs with a trunk of .8 and branches of .2 and .5, and two whole runs.
-    assert distinct_tokens(runs.values()) == pytest.approx((2 * 1.5 + 2) * BUDGET, rel=0.02)
+    assert read_by(runs["average"]) == pytest.approx(cooled, abs=2 * BATCH)
+    # Two pairs with a trunk of .8 and branches of .2 and .5, and three whole runs.
+    assert distinct_tokens(runs.values()) == pytest.approx((2 * 1.5 + 3) * BUDGET, rel=0.02)
     by_loss = runs["scalarised 5"]
     assert by_loss.policy == Scalarised() and by_loss.schedule.average() == Mixture(SUPPLY)
 

@@ -1,12 +1,13 @@
 """Cooldown: balanced sampling first, proportional sampling after, on a corpus of unequal domains.
 
 Arms of equal tokens: proportional (tau 1), temperature sampling at a higher tau, uniform, the same
-temperature by weights of the loss (scalarisation), Cooldown (high tau, then 1) and its reverse as a
-control. What a small domain gains from being read often, and what a large one loses, is said by
-groups of domains of low, middle and high resources.
+temperature by weights of the loss (scalarisation), and Cooldown (high tau, then 1) with two
+controls that read as much of each domain: its reverse, and its average all along. What a small
+domain gains from being read often, and what a large one loses, is said by groups of domains of low,
+middle and high resources.
 
 Source: Li et al. 2024, arXiv:2410.04579 (tau 5 for the first half, then 1; scalarisation).
-Differs: losses in place of BLEU; the reverse and uniform are added; schedules that begin alike
+Differs: losses in place of BLEU; the controls and uniform are added; schedules that begin alike
     share a trunk.
 """
 
@@ -27,7 +28,7 @@ from rayx.spec import TrainSpec
 from rayx.store import Store
 
 PROPORTIONAL, UNIFORM, COOLDOWN, REVERSED = "proportional", "uniform", "cooldown", "reversed"
-SCALARISED = "scalarised"
+SCALARISED, AVERAGE = "scalarised", "average"
 GROUPS = ("high", "mid", "low")  # thirds of the domains, the largest first
 
 
@@ -72,6 +73,7 @@ class Cooldown:
         }
         tokens = self.template.schedule.tokens
         found = {a: cooldown(self.tokens_by_domain, tokens, *parts) for a, parts in arms.items()}
+        found[AVERAGE] = Schedule.constant(found[COOLDOWN].average(), tokens)
         for schedule in found.values():
             schedule_epochs(schedule, self.tokens_by_domain, self.max_epochs)
         return found
