@@ -52,7 +52,13 @@ class Parameters:
 
     corpus: str = "data/sample7"  # where the sample corpus with 7 domains is, or is built
     width: int = 32
-    tokens: int = 256_000
+    tokens: int = 192_000
+    doge_eta: float = 0.2  # settings: see each policy; those that were best on seed 0
+    doremi_eta: float = 0.4
+    skill_it_eta: float = 0.02
+    rb_sharpness: float = 0.3
+    aioli_eta: float = 1.0
+    released_eta: float = 2.0  # of Aioli as released, which does not accumulate
     seed: int = 1  # 0 chose the settings
     seeds: int = 3
 
@@ -68,14 +74,14 @@ def corpus(p: Parameters) -> Corpus:
     return build_corpus(sources, p.corpus, tokenizer=1024, heldout_share=HELDOUT_SHARE)
 
 
-def online() -> dict[str, Policy]:
-    """Return arm -> policy, at the settings that were best on seed 0."""
+def online(p: Parameters) -> dict[str, Policy]:
+    """Return arm -> policy."""
     return {
-        "DoGE": DoGE(eta=0.5, every_steps=EVERY, sequences=4),
-        "Skill-It": SkillIt(eta=0.05, every_steps=EVERY),
-        "R&B": RB(sharpness=1.0, every_steps=EVERY),
-        "Aioli": Aioli(eta=1.0, rounds=5),
-        "Aioli as released": Aioli(eta=1.0, rounds=5, cumulative=False),
+        "DoGE": DoGE(eta=p.doge_eta, every_steps=EVERY, sequences=4),
+        "Skill-It": SkillIt(eta=p.skill_it_eta, every_steps=EVERY),
+        "R&B": RB(sharpness=p.rb_sharpness, every_steps=EVERY),
+        "Aioli": Aioli(eta=p.aioli_eta, rounds=5),
+        "Aioli as released": Aioli(eta=p.released_eta, rounds=5, cumulative=False),
     }
 
 
@@ -99,8 +105,8 @@ def studies(p: Parameters, corpus: Corpus) -> dict[tuple[str, int], MixingStudy]
         (group, seed): MixingStudy(
             template=dataclasses.replace(template, seed=seed, data_seed=seed),
             sizes={domain: corpus.tokens[domain] for domain in domains},
-            online=online(),
-            doremi={"eta": 1.0, "every_steps": EVERY, "sequences": 4},
+            online=online(p),
+            doremi={"eta": p.doremi_eta, "every_steps": EVERY, "sequences": 4},
         )
         for seed in range(p.seed, p.seed + p.seeds)
         for group, domains in DOMAINS.items()
