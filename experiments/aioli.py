@@ -17,6 +17,7 @@ Result:    To come.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,13 @@ def corpus(p: Parameters) -> Corpus:
 
 def online(p: Parameters) -> dict[str, Policy]:
     """Return arm -> policy."""
+    aioli = Aioli(eta=p.aioli_eta, rounds=4, learn_share=0.5, learn_rounds=4, sequences=8)
     return {
         "DoGE": DoGE(eta=p.doge_eta, every_steps=EVERY, sequences=4),
         "Skill-It": SkillIt(eta=p.skill_it_eta, every_steps=EVERY),
         "R&B": RB(sharpness=p.rb_sharpness, every_steps=EVERY),
-        "Aioli": Aioli(eta=p.aioli_eta, rounds=5),
-        "Aioli as released": Aioli(eta=p.released_eta, rounds=5, cumulative=False),
+        "Aioli": aioli,
+        "Aioli as released": dataclasses.replace(aioli, eta=p.released_eta, cumulative=False),
     }
 
 
@@ -188,7 +190,7 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     means = belief.pivot_table(index="arm", columns="group", values="spearman", aggfunc="mean")
     log.info("laws against branches on one domain, rank correlation:\n%s", means.to_string())
     store.write_bytes("reports/aioli.csv", table.to_csv(index=False).encode())
-    data = {"summary": rows.to_dict("records"), "laws": beliefs}
+    data = {"summary": json.loads(rows.to_json(orient="records")), "laws": beliefs}
     store.write_json("reports/aioli.json", data)
     wins = rows.groupby("arm", sort=False).agg({"wins": "sum", "seeds": "sum"})
     said = ", ".join(f"{arm} {n}/{of}" for arm, n, of in wins.itertuples() if arm != UNIFORM)

@@ -223,21 +223,22 @@ def test_aioli_without_accumulating_forgets_its_weights_but_not_its_law() -> Non
 
 
 def test_doge_and_rb_take_the_steps_of_their_laws() -> None:
-    for name in ("doge", "rb"):
-        policy = dataclasses.replace(EXAMPLES[name], floor=0.0)
-        steering = steer(policy, planted(2, noise=0.2))
-        set_SK = weights(steering)
-        found = laws(policy, steering.decisions)
-        for number, law_KK in enumerate(found):
-            score_K = law_KK.sum(axis=0)
-            if name == "rb":
-                expected_K = ascend(np.ones(4), score_K / np.linalg.norm(score_K), policy.sharpness)
-            else:
-                products_NN = np.array(steering.decisions[number + 1].signal)
-                norm = np.sqrt(np.diag(products_NN)[:4]).mean()
-                score_K = np.clip(score_K / norm, 0.0, 5.0)
-                expected_K = ascend(set_SK[number], score_K, policy.eta)
-            np.testing.assert_allclose(set_SK[number + 1], expected_K, atol=1e-5)
+    policy = dataclasses.replace(EXAMPLES["rb"], floor=0.0)
+    steering = steer(policy, planted(2, noise=0.2))
+    set_SK = weights(steering)
+    for number, law_KK in enumerate(laws(policy, steering.decisions)):
+        along_K = law_KK.sum(axis=0)
+        expected_K = ascend(np.ones(4), along_K / np.linalg.norm(along_K), policy.sharpness)
+        np.testing.assert_allclose(set_SK[number + 1], expected_K, atol=1e-5)
+    world, policy = planted(2), DoGE(eta=0.7, floor=0.0)
+    world.source_KF[:2] *= 0.1  # of norm below 1: these are not clipped
+    clipped = [g / np.maximum(1.0, np.linalg.norm(g, axis=1, keepdims=True))
+               for g in (world.source_KF, world.target_KF)]  # fmt: skip
+    along_K = clipped[0] @ clipped[1].sum(axis=0)
+    score_K = np.clip(along_K / np.linalg.norm(clipped[0], axis=1).mean(), 0.0, 5.0)
+    set_SK = weights(steer(policy, world))
+    for before_K, after_K in zip(set_SK[:-1], set_SK[1:], strict=True):
+        np.testing.assert_allclose(after_K, ascend(before_K, score_K, 0.7), atol=1e-5)
 
 
 def test_doremi_and_skill_it_take_the_steps_of_their_laws() -> None:

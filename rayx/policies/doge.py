@@ -20,7 +20,8 @@ class DoGE:
     """Mirror ascent on inner products of gradients.
 
     score_j = clip(<g_j, sum_i t_i g_i'> / mean_k |g_k|, 0, 5), p_j <- p_j exp(eta score_j) / sum:
-    g_j the gradient of training text of domain j, g_i' of the probe of domain i, t its weight.
+    g_j the gradient of training text of domain j, g_i' of the probe of domain i, both clipped to
+    norm 1, t the probe's weight.
 
     Attributes:
         eta: Of one update: every_steps * lr / mu in the paper's terms, .5 (mu .1) to 5 (mu .01).
@@ -32,8 +33,8 @@ class DoGE:
 
     Source: Fan, Pagliardini and Jaggi 2024, arXiv:2310.15393; released code.
     Differs: domains are sampled by p, not uniformly with the loss weighted; an update every
-        `every_steps` steps; gradients are not clipped one by one. The published weights are the
-        average over a run, for a second one: `Record.mixture`.
+        `every_steps` steps. The published weights are the average over a run, for a second one:
+        `Record.mixture`.
     """
 
     name: ClassVar[str] = "doge"
@@ -76,6 +77,8 @@ def scores(products_NN: np.ndarray, target_K: np.ndarray) -> np.ndarray:
         target_K: Weight of each probe's loss, shape (K,).
     """
     num = len(target_K)
-    along_K = products_NN[:num, num:] @ target_K
-    norm = np.sqrt(np.maximum(np.diag(products_NN)[:num], 0.0)).mean()
-    return np.clip(along_K / norm, 0.0, CLIP) if norm > 0 else np.zeros(num)
+    norm_N = np.sqrt(np.maximum(np.diag(products_NN), 0.0))
+    clip_N = 1.0 / np.maximum(norm_N, 1.0)
+    along_K = clip_N[:num] * (products_NN[:num, num:] @ (clip_N[num:] * target_K))
+    mean = (clip_N * norm_N)[:num].mean()
+    return np.clip(along_K / mean, 0.0, CLIP) if mean > 0 else np.zeros(num)
