@@ -17,7 +17,6 @@ Result:    To come.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,8 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     means = belief.pivot_table(index="arm", columns="group", values="spearman", aggfunc="mean")
     log.info("laws against branches on one domain, rank correlation:\n%s", means.to_string())
     store.write_bytes("reports/aioli.csv", table.to_csv(index=False).encode())
-    data = {"summary": json.loads(rows.to_json(orient="records")), "laws": beliefs}
+    summaries = rows.astype(object).where(rows.notna(), None).to_dict("records")  # no NaN in JSON
+    data = {"summary": summaries, "laws": beliefs}
     store.write_json("reports/aioli.json", data)
     wins = rows.groupby("arm", sort=False).agg({"wins": "sum", "seeds": "sum"})
     said = ", ".join(f"{arm} {n}/{of}" for arm, n, of in wins.itertuples() if arm != UNIFORM)

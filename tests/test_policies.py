@@ -142,7 +142,7 @@ EXAMPLES = {
     "aioli": Aioli(rounds=5, eta=2.0),
     "doge": DoGE(),
     "doremi": DoReMi(reference=REFERENCE, smoothing=0.1),
-    "rb": RB(floor=0.2),
+    "rb": RB(sharpness=4.0, floor=0.2),
     "skill-it": SkillIt(start_share=0.05),
 }
 MINE = sorted(EXAMPLES)

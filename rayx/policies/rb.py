@@ -29,7 +29,7 @@ class RB:
     """
 
     name: ClassVar[str] = "rb"
-    sharpness: float = 4.0
+    sharpness: float = 1.0
     every_steps: int = 100
     sequences: int = 8
     over: str = "last"
