@@ -48,7 +48,7 @@ class LldStudy:
         domains: Those that are mixed.
         base_tokens: The base's, on the uniform mixture; 0 for an untrained base.
         tokens: Of every run from the base.
-        proxies: Runs of the sweep.
+        proxies: Runs of the sweep beside the responses and the uniform run.
         plants: Targets.
     """
 
@@ -110,9 +110,10 @@ class LldStudy:
         return Parent(spec, spec.steps)
 
     def sweep(self) -> list[TrainSpec]:
-        """Return the proxies, on mixtures spread evenly over the simplex."""
+        """Return the uniform run, the responses, and runs spread evenly over the simplex."""
         drawn = sobol_mixtures(self.domains, self.proxies, self.template.seed)
-        return [self.run(mixture) for mixture in drawn]
+        known = [self.reference.spec, *(state.spec for state in self.responses())]
+        return [*known, *map(self.run, drawn)]
 
     def responses(self) -> list[Parent]:
         """Return one run a domain, half of it that domain's and half uniform."""
@@ -135,8 +136,9 @@ class LldStudy:
 
     def specs(self) -> list[TrainSpec | MergeSpec]:
         """Return all that estimates need."""
-        states = [*self.targets().values(), *self.responses(), self.reference]
-        return [*self.sweep(), *(state.spec for state in states), *kept(states)]
+        targets = list(self.targets().values())
+        asked = [*self.sweep(), *(target.spec for target in targets)]
+        return [*asked, *kept([*targets, self.reference, *self.responses()])]
 
     def estimates(
         self, records: Mapping[str, Record], read: Read, gradients_NK: np.ndarray
