@@ -102,7 +102,9 @@ def _divide(file: Path, out: Path, domain: str, small: str, num_chars: int) -> N
         elif row["group"] not in used:  # no document is in both
             others.append(row)
     for name, rows in ((small, pieces), (domain, others)):
-        (out / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        path, written = out / f"{name}.jsonl", "\n".join(map(json.dumps, rows))
+        if not path.exists() or path.read_text(encoding="utf-8") != written:
+            path.write_text(written, encoding="utf-8")  # a file that is left keeps its corpus
 
 
 def template(corpus: Corpus) -> TrainSpec:
