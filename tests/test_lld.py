@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from rayx.likelihoods import (
     mean_gap_bits_per_byte,
     plane,
 )
+from rayx.merging import MergeSpec
 from rayx.methods.lld import (
     Estimate,
     aligned,
@@ -31,12 +33,14 @@ from rayx.methods.lld import (
     response_kernel,
     simplex_projection,
 )
+from rayx.methods.lld_study import LldStudy, State, along
 from rayx.methods.lld_sweep import SweepInversion, between_seeds, sweep_records
-from rayx.mixture import Mixture
+from rayx.mixture import Mixture, Schedule
 from rayx.proxy.likelihood import gradient_kernel, likelihoods, state_likelihoods, state_tensors
 from rayx.proxy.model import Rotary, token_losses
 from rayx.proxy.models import open_model
-from rayx.spec import Evaluation, Parent
+from rayx.record import Loss
+from rayx.spec import Evaluation, ModelShape, Optimizer, Parent, TrainSpec
 
 pytest.importorskip("transformers")
 
@@ -247,6 +251,62 @@ def test_projection_is_the_nearest_point_of_the_simplex(point):
     drawn = np.random.default_rng(0).dirichlet(np.ones(len(point)), 50)
     for other_K in [*drawn, *np.eye(len(point))]:
         assert np.linalg.norm(found_K - point_K) <= np.linalg.norm(other_K - point_K) + 1e-9
+
+
+# The study ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base_tokens", [0, 12_800])
+def test_study_recovers_what_it_plants(base_tokens):
+    world, K = Bigrams(seed=8), len(DOMAINS)
+    start = np.zeros((10, 10))
+    template = TrainSpec(
+        corpus="c0ffee",
+        model=ModelShape(layers=1, width=16, heads=2, ffn_width=32, vocab_size=300, context=16),
+        schedule=Schedule.constant(Mixture.uniform(DOMAINS), 6_400),
+        optimizer=Optimizer(lr=1e-2, batch_sequences=4),
+        evaluation=Evaluation(points=1, sequences=8, part="first"),
+        seed=5, data_seed=5,
+    )  # fmt: skip
+    study = LldStudy(template=template, domains=DOMAINS, base_tokens=base_tokens, tokens=6_400,
+                     proxies=8, plants=3)  # fmt: skip
+
+    def state_of(state: State) -> Likelihoods:
+        if state == study.base:
+            return world.read(start, "base")
+        assert isinstance(state, Parent)
+        pi_K = state.spec.mixture.to_array(DOMAINS)
+        return world.read(world.train(start, pi_K, seed=state.spec.data_seed))
+
+    def read(states):
+        return [state_of(state) for state in states]
+
+    specs = [spec for spec in study.specs() if isinstance(spec, TrainSpec)]
+    asked = {member.checkpoint for spec in study.specs() if isinstance(spec, MergeSpec)
+             for member in spec.experts.members}  # fmt: skip
+    assert {target.checkpoint for target in study.targets().values()} <= asked
+    own, shared = study.target(1, "own").spec, study.target(1, "shared").spec
+    assert own.data_seed != shared.data_seed == template.data_seed
+    assert (own.seed != shared.seed) == (base_tokens == 0) and own.mixture == shared.mixture
+    records: Any = {}
+    for spec in specs:
+        bits = state_of(Parent(spec, spec.steps)).bits_per_byte
+        losses = {d: Loss(0.0, float(b), 0.0) for d, b in zip(DOMAINS, bits, strict=True)}
+        records[spec.run_id] = SimpleNamespace(losses=losses)
+    gradients_NK = np.random.default_rng(0).normal(size=(len(world.label_N), K))
+    found = study.estimates(records, read, gradients_NK)
+    assert set(found) == {(p, o) for p in range(3) for o in ("shared", "own")}
+    for (plant, _), estimates in found.items():
+        kl = {n: recovery(study.planted[plant], e.mixture)[0] for n, e in estimates.items()}
+        kl["uniform"] = recovery(study.planted[plant], study.uniform)[0]
+        assert kl["sweep"] < 0.1 * kl["uniform"] and kl["sweep"] < kl["random search"]
+        assert estimates["random search"].mixture in [s.mixture for s in study.sweep()]
+    spread = study.spread(read)
+    assert spread["between_mixtures"] > 10 * spread["between_seeds"] > 0
+    points = along(specs[0], 4)
+    assert points[-1].steps == specs[0].steps and len({point.steps for point in points}) == 4
+    with pytest.raises(SpecError, match="points is 0"):
+        along(specs[0], 0)
 
 
 # Vectors ------------------------------------------------------------------------------------------
