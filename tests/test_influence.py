@@ -103,7 +103,7 @@ def test_influence_equals_the_explicit_inverse(
         damped = c + DAMPING * np.trace(c) / len(c) * np.eye(len(c))
         want = of_probes @ np.linalg.solve(damped, of_sources.T)
         assert got[run] == pytest.approx(want, rel=1e-6)
-    monkeypatch.setattr(signals, "CHUNK_BYTES", 1)  # one sequence at a time
+    monkeypatch.setitem(signals.CHUNK_BYTES, "cpu", 1)  # one sequence at a time
     parts = influence(parameters, SHAPE, ROTARY, probes, sources_RSBT, curvature, DAMPING)
     assert parts == pytest.approx(got, rel=1e-9)
     single = {n: p.float() for n, p in parameters.items()}

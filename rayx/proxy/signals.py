@@ -1,8 +1,8 @@
 """Signals: what a policy may read off R running models on text of S sources.
 
 Each of the R S pairs of run and source is one copy of the model along the run axis, so that one
-forward and one backward pass give every gradient. No function changes the tensors it is given, and
-a value that is not finite is returned as it is.
+forward and one backward pass give every gradient, or a few passes where copies are large. No
+function changes the tensors it is given, and a value that is not finite is returned as it is.
 
 Legend: R runs, S sources, B sequences of a batch, T context, P probes, C copies (run, source) in
 order, N sequences of a probe.
@@ -22,7 +22,9 @@ from rayx.proxy.model import Rotary, token_logits, token_losses
 from rayx.proxy.optimizer import PackedAdamW
 from rayx.spec import ModelShape, TrainSpec
 
-CHUNK_BYTES = 2**27  # of the copies of one pass, with gradients and activations; more is no faster
+# Memory of the copies that one pass holds, parameters, gradients and activations: what stays in a
+# CPU's cache and is not asked of the system anew each time; enough to keep a GPU busy.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 SKETCH = 8192  # numbers that a projected gradient is kept in
 
 Tensors = Mapping[str, Tensor]
@@ -277,7 +279,7 @@ def _forward(parameters: Tensors, shape: ModelShape, rotary: Rotary, tokens_RSBT
 def sequence_parts(shape: ModelShape, tokens_RNT: Tensor) -> tuple[Tensor, ...]:
     """Return sequences of R runs, shape (R, N, T + 1), in parts that CHUNK_BYTES hold."""
     sequence_bytes = len(tokens_RNT) * _activation_bytes(shape, tokens_RNT.shape[2])
-    return tokens_RNT.split(max(1, int(CHUNK_BYTES / sequence_bytes)), dim=1)
+    return tokens_RNT.split(_at_once(sequence_bytes, tokens_RNT.device), dim=1)
 
 
 def _rows(shape: ModelShape, tokens_RSBT: Tensor) -> tuple[Tensor, ...]:
@@ -285,7 +287,12 @@ def _rows(shape: ModelShape, tokens_RSBT: Tensor) -> tuple[Tensor, ...]:
     runs, sources, *batch = tokens_RSBT.shape
     # A copy's parameters, gradients, and at most two moments; and what its backward pass keeps.
     copy_bytes = 4 * 4 * shape.params + _activation_bytes(shape, math.prod(batch))
-    return torch.arange(runs * sources).split(max(1, int(CHUNK_BYTES / copy_bytes)))
+    return torch.arange(runs * sources).split(_at_once(copy_bytes, tokens_RSBT.device))
+
+
+def _at_once(bytes_each: int, device: torch.device) -> int:
+    limit = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, limit // bytes_each)
 
 
 def _activation_bytes(shape: ModelShape, tokens: int) -> int:
