@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import rayx
 from rayx import Evaluation, Experts, MergeSpec, Mixture, Operator, Phase, TrainSpec
 from rayx.branching import make_branch, make_trunk
 from rayx.errors import SpecError
+from rayx.merging import Spec
 from rayx.progress import progress
 from rayx.proxy import train_pack
 from rayx.proxy.checkpoint import read_checkpoint
@@ -28,10 +31,11 @@ from rayx.proxy.model import Rotary
 from rayx.sweep import Placement, estimate, run_sweep
 from rayx.sweep.packs import MERGES_PER_PACK, missing_packs
 from tests.samples import record
-from tests.test_sweep import small_specs
+from tests.test_sweep import assert_equal_results, small_specs
 
 pytestmark = pytest.mark.ray
 DOMAINS = ("code", "law", "news")
+ONE_AT_A_TIME = Placement(pack_size=4, cpus=2)  # one process to start, where that is enough
 
 
 def expert_runs(corpus, steps: int = 6, general_share: float = 0.5) -> list[TrainSpec]:
@@ -64,19 +68,63 @@ def checkpoints(store) -> list[str]:
     return sorted(info.base_name for info in found)
 
 
-def test_merges_and_trained_runs_in_one_sweep(ray_cluster, tiny_corpus, store):
-    runs = expert_runs(tiny_corpus)
-    experts = Experts.of(runs)
-    linear = candidates(experts, 3)
-    edited = experts.merge((0.9, 0.6, 0.3), Operator(name="task_arithmetic"))
-    alone = Experts.of(runs[:1]).merge((1.0,))
-    # The merges come first: what they need is trained before them, asked for or not.
-    specs = [*linear, edited, alone, runs[0]]
-    status = run_sweep(
-        specs, tiny_corpus, store, train_pack, merges=Merges(), keep_checkpoints=True
-    )
-    assert status == {s.run_id: "ok" for s in specs}
+class Study(NamedTuple):
+    """Three experts, merges of them and of one of them alone."""
 
+    runs: list[TrainSpec]
+    linear: list[MergeSpec]
+    edited: MergeSpec
+    alone: MergeSpec
+
+    @classmethod
+    def of(cls, corpus) -> Study:
+        runs = expert_runs(corpus)
+        experts = Experts.of(runs)
+        edited = experts.merge((0.9, 0.6, 0.3), Operator(name="task_arithmetic"))
+        return cls(runs, candidates(experts, 32), edited, Experts.of(runs[:1]).merge((1.0,)))
+
+    @property
+    def specs(self) -> list[Spec]:
+        """What is asked for. The merges come first: what they need is trained before them."""
+        return [*self.linear, self.edited, self.alone, self.runs[0]]
+
+    @property
+    def total(self) -> int:
+        return len(self.specs) + 2 + 1  # with two experts and the trunk
+
+
+def doomed(runs: list[TrainSpec]) -> tuple[TrainSpec, list[MergeSpec]]:
+    """An expert that diverges, and two merges with it."""
+    optimizer = dataclasses.replace(runs[0].optimizer, lr=10.0, clip_norm=100.0)
+    wild = dataclasses.replace(runs[0], optimizer=optimizer)
+    return wild, candidates(Experts.of([wild, *runs[1:]]), 2)
+
+
+@pytest.fixture(scope="module")
+def quiet(ray_cluster, tiny_corpus, tmp_path_factory):
+    """The store of the study and of doomed merges, swept undisturbed; checkpoints kept."""
+    store = rayx.open(tmp_path_factory.mktemp("quiet") / "store", create=True)
+    study = Study.of(tiny_corpus)
+    failing = doomed(study.runs)[1]
+    status = run_sweep(
+        [*study.specs, *failing], tiny_corpus, store, train_pack, merges=Merges(),
+        placement=Placement(pack_size=4), keep_checkpoints=True,
+    )  # fmt: skip
+    assert status == {s.run_id: "ok" for s in study.specs} | {s.run_id: "failed" for s in failing}
+    return store
+
+
+def test_candidates_of_an_expert_that_failed_are_failures_that_name_it(tiny_corpus, quiet):
+    wild, failing = doomed(Study.of(tiny_corpus).runs)
+    for spec in failing:
+        assert f"run {wild.run_id}, which this one needs, failed" in (
+            quiet.get(spec.run_id).failure.message
+        )
+
+
+def test_merges_and_trained_runs_in_one_sweep(tiny_corpus, quiet):
+    store, (runs, linear, edited, alone) = quiet, Study.of(tiny_corpus)
+    experts = linear[0].experts
     states = [read_checkpoint(store, m).parameters for m in experts.members]
     base = read_checkpoint(store, experts.base).parameters
     shape = runs[0].model
@@ -86,7 +134,7 @@ def test_merges_and_trained_runs_in_one_sweep(ray_cluster, tiny_corpus, store):
         stacked = {n: t[None] for n, t in parameters.items()}
         return evaluate(stacked, shape, Rotary(shape, torch.device("cpu")), targets, 8)[0]
 
-    for spec in linear:
+    for spec in (linear[0], linear[11], linear[31]):
         merged = {n: sum(w * s[n] for w, s in zip(spec.weights, states, strict=True)) for n in base}
         for target, loss in losses(merged).items():
             found = store.get(spec.run_id).losses[target]
@@ -114,13 +162,7 @@ def test_merges_and_trained_runs_in_one_sweep(ray_cluster, tiny_corpus, store):
     assert row["flops"] < frame.loc[runs[0].run_id, "flops"]
     assert store.get(linear[1].run_id).tokens == 0
     assert store.evals().groupby("run_id").size()[linear[1].run_id] == len(tiny_corpus.targets)
-    assert progress(store)["ok"] == len(specs) + 2 + 1  # with two experts and the trunk
-
-    # A further sweep over the kept checkpoints trains nothing; then they are dropped.
-    further = candidates(experts, 5)
-    loop = Refuses()
-    run_sweep(further, tiny_corpus, store, loop, merges=Merges())
-    assert checkpoints(store) == []
+    assert progress(store)["ok"] == Study.of(tiny_corpus).total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,22 +221,6 @@ def test_a_node_loads_an_expert_set_once_for_all_its_packs(
     assert store.get(bad).failure.message == "no luck"
 
 
-def test_candidates_of_an_expert_that_failed_are_failures_that_name_it(
-    ray_cluster, tiny_corpus, store
-):
-    runs = expert_runs(tiny_corpus)
-    wild = dataclasses.replace(
-        runs[0], optimizer=dataclasses.replace(runs[0].optimizer, lr=10.0, clip_norm=100.0)
-    )
-    specs = candidates(Experts.of([wild, *runs[1:]]), 2)
-    other = candidates(Experts.of(runs), 2)
-    status = run_sweep([*specs, *other], tiny_corpus, store, train_pack, merges=Merges())
-    assert [status[s.run_id] for s in (*specs, *other)] == ["failed"] * 2 + ["ok"] * 2
-    assert f"run {wild.run_id}, which this one needs, failed" in (
-        store.get(specs[0].run_id).failure.message
-    )
-
-
 def test_rounds_of_merges_keep_the_experts_between_them(ray_cluster, tiny_corpus, store):
     experts = Experts.of(expert_runs(tiny_corpus))
     rounds = candidates(experts, 6)
@@ -203,7 +229,10 @@ def test_rounds_of_merges_keep_the_experts_between_them(ray_cluster, tiny_corpus
         ended = store.status()
         return rounds[: 2 + 2 * sum(s.run_id in ended for s in rounds) // 2]
 
-    status = run_sweep(rounds[:2], tiny_corpus, store, train_pack, merges=Merges(), propose=propose)
+    status = run_sweep(
+        rounds[:2], tiny_corpus, store, train_pack, merges=Merges(), propose=propose,
+        placement=ONE_AT_A_TIME,
+    )  # fmt: skip
     assert set(status.values()) == {"ok"} and len(status) == 6
     assert len(store.runs()) == 6 + 3 + 1  # each expert and the trunk once
 
@@ -267,10 +296,25 @@ def test_estimate_counts_merges_as_evaluations(tiny_corpus):
 
 
 @dataclasses.dataclass(frozen=True)
+class SlowTraining:
+    """A training loop slow enough to be killed within, whose processes leave their ids."""
+
+    folder: str
+
+    def __call__(self, *arguments, **options):
+        (Path(self.folder) / str(os.getpid())).touch()
+        time.sleep(0.5)
+        return train_pack(*arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
 class SlowMerges(Merges):
-    """Merges that take long enough to be killed among them."""
+    """Merges slow enough to be killed among them, whose processes leave their ids."""
+
+    folder: str
 
     def evaluate(self, *arguments, **options):
+        (Path(self.folder) / str(os.getpid())).touch()
         for found in super().evaluate(*arguments, **options):
             time.sleep(0.1)
             yield found
@@ -278,54 +322,74 @@ class SlowMerges(Merges):
 
 DRIVER = """
 import sys
+import rayx
 from rayx.corpus import Corpus
-from tests.test_sweep_merges import SlowMerges, interrupted
-interrupted(Corpus.load(sys.argv[1]), sys.argv[2], SlowMerges())
+from rayx.sweep import Placement, run_sweep
+from tests.test_sweep_merges import SlowMerges, SlowTraining, Study
+corpus, folder = Corpus.load(sys.argv[1]), sys.argv[3]
+run_sweep(Study.of(corpus).specs, corpus, rayx.open(sys.argv[2], create=True),
+          SlowTraining(folder), merges=SlowMerges(folder), placement=Placement(pack_size=4))
 """
-COUNT = 64
 
 
-def interrupted(corpus, store: Path | str, merges: Merges) -> None:
-    specs = candidates(Experts.of(expert_runs(corpus, steps=600)), COUNT)
-    opened = rayx.open(store, create=True)
-    run_sweep(specs, corpus, opened, train_pack, merges=merges, placement=Placement(pack_size=1))
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def killed_at(corpus, store: Path, records: int, address: str) -> dict[str, bytes]:
     """Kill -9 a driver when the store has so many records; return what it holds then."""
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, corpus.url, str(store)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
-        start_new_session=True,
-    )
-    while len(list((store / "records").glob("*.json"))) < records:
-        assert driver.poll() is None
-        time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)  # a job's processes end with their driver; what they finish still counts
+    with tempfile.TemporaryDirectory() as pids:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, corpus.url, str(store), pids],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
+            start_new_session=True,
+        )
+        while len(list((store / "records").glob("*.json"))) < records:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        # A job's processes end with their driver; what they finish before that still counts.
+        ends = time.monotonic() + 30
+        while any(is_alive(int(file.name)) for file in Path(pids).iterdir()):
+            assert time.monotonic() < ends, "a killed driver's workers go on"
+            time.sleep(0.02)
     return {f.name: f.read_bytes() for f in (store / "records").glob("*.json")}
 
 
 def test_killed_in_the_expert_stage_and_in_the_merged_stage_nothing_finished_is_redone(
-    ray_cluster, tiny_corpus, tmp_path
+    ray_cluster, tiny_corpus, quiet, tmp_path
 ):
-    disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
+    disturbed, study = tmp_path / "disturbed", Study.of(tiny_corpus)
     address = ray_cluster.get_runtime_context().gcs_address
     in_experts = killed_at(tiny_corpus, disturbed, 2, address)
-    assert 2 <= len(in_experts) < 4  # the trunk and one or two of three experts
+    assert 2 <= len(in_experts) < 4  # the trunk and one or two of a pack of three experts
     kept = {f: f.stat().st_mtime_ns for f in (disturbed / "checkpoints").iterdir()}
     assert len(kept) >= 2
-    in_merges = killed_at(tiny_corpus, disturbed, 4 + COUNT // 4, address)
-    assert 4 + COUNT // 4 <= len(in_merges) < 4 + COUNT
+    in_merges = killed_at(tiny_corpus, disturbed, 4 + 8, address)
+    assert 4 + 8 <= len(in_merges) < study.total
     assert all(f.stat().st_mtime_ns == then for f, then in kept.items())  # nor trained again
-    for store in (disturbed, quiet):
-        interrupted(tiny_corpus, store, Merges())
+    # Over the kept checkpoints nothing is trained; then they are dropped.
+    opened = rayx.open(disturbed)
+    run_sweep(
+        study.specs, tiny_corpus, opened, Refuses(), merges=Merges(),
+        placement=ONE_AT_A_TIME,
+    )  # fmt: skip
+    assert checkpoints(opened) == []
     for before in (in_experts, in_merges):
         for name, content in before.items():
             assert (disturbed / "records" / name).read_bytes() == content
-    for file in (quiet / "records").glob("*.json"):
-        again = json.loads((disturbed / "records" / file.name).read_text())
-        assert again["curve"] == json.loads(file.read_text())["curve"]  # to the bit
-    assert len(list((disturbed / "records").glob("*.json"))) == 4 + COUNT
+    first, second = (
+        {name: json.loads(Path(store.root, "records", f"{name}.json").read_text())
+         for name in store.names("records")}
+        for store in (opened, quiet)
+    )  # fmt: skip
+    assert len(first) == study.total
+    assert {r: f["curve"] for r, f in first.items()} == {r: second[r]["curve"] for r in first}
+    trained = [spec.run_id for spec in (study.runs[0].parent.spec, *study.runs)]
+    assert_equal_results({r: first[r] for r in trained}, {r: second[r] for r in trained})
