@@ -13,7 +13,9 @@ Method:    Six domains of real text. Targets on planted mixtures, each twice: in
            divergence from the target is measured on the second half.
 Cost:      `rayx run experiments/lld.py --dry-run`.
 Run:       rayx run experiments/lld.py
-Result:    to come
+Result:    Seeds 1-3, with 128k tokens from either base and 16 proxies: the inverted sweep leaves
+           .03 (pretrained) and .10-.16 (untrained) of uniform's KL(planted || found), and training
+           on it ends as near to the target as training on the planted mixture. See LOG.md.
 """
 
 from __future__ import annotations
@@ -89,8 +91,7 @@ def studies(p: Parameters, corpus: Corpus) -> dict[tuple[str, int], LldStudy]:
 
 def specs(p: Parameters, corpus: Corpus) -> list[Spec]:
     """Return sweeps, responses and targets."""
-    asked = [spec for study in studies(p, corpus).values() for spec in study.specs()]
-    return list({spec.run_id: spec for spec in asked}.values())
+    return [spec for study in studies(p, corpus).values() for spec in study.specs()]
 
 
 def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
@@ -192,10 +193,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     gap = rows.join(uniform.rename("uniform"), on=[*keys, "seed", "plant"])
     gap = gap.assign(not_below=gap["kl"] >= gap["uniform"])
     grouped = gap.groupby([*keys, "estimator"])
-    found = grouped.agg(
-        median_kl=("kl", "median"), worst_kl=("kl", "max"), median_l1=("l1", "median"),
-        uniform_kl=("uniform", "median"), not_below=("not_below", "sum"), plants=("kl", "size"),
-    )  # fmt: skip
+    found = grouped.agg(median_kl=("kl", "median"), worst_kl=("kl", "max"),
+                        median_l1=("l1", "median"), uniform_kl=("uniform", "median"),
+                        not_below=("not_below", "sum"), plants=("kl", "size"))  # fmt: skip
     return found.assign(ratio=found["median_kl"] / found["uniform_kl"]).reset_index()
 
 
@@ -247,5 +247,4 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     table = distances.pivot_table(index=["base", "arm"], columns="tokens", values=["kl", "gap"])
     log.info("distance to the target:\n%s", table.round(4).to_string())
     log.info("between mixtures and between seeds: %s", spreads)
-    log.info("%s", said)
-    log.info("wrote reports/lld.json, tables and lld.png in %s", store.url)
+    log.info("%s\nwrote reports/lld.json, tables and lld.png in %s", said, store.url)
