@@ -6,14 +6,14 @@ Question:  Six domains of real text at 32:1 by weight, the mean of their losses.
            last phase only tell what leaving it out of the whole run does?
 Published: Blakeney et al. 2024, arXiv:2406.03476: the last 10-20% are best, 5-30% tried.
 Method:    One trunk a seed; ends that sample all domains alike (even) or the three smallest alike
-           (small). The share is chosen on the first half of the held-out text; then the chosen
-           schedule is put beside its average mixture all along and its phases the other way round,
-           and its domains are dropped one by one, from the end and from the whole run. Random
-           search tries mixtures for as many tokens as the ends took. All figures are of the second
-           half.
+           (small). The end is chosen on the first half of the held-out text and put beside its
+           average all along and its phases the other way round; its domains are dropped one by one,
+           from the end and from the whole run. Random search takes the tokens of all ends. Figures
+           are of the second half.
 Cost:      `rayx run experiments/upsampling.py --dry-run`; about 5 minutes on 2 cores.
 Run:       rayx run experiments/upsampling.py
-Result:    -
+Result:    All alike in the last 30% is below no upsampling by .065, below its average all along by
+           .030 and below the start by .079, each in 3 of 3 seeds; uniform all along is a tie.
 """
 
 from __future__ import annotations
