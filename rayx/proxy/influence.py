@@ -10,7 +10,7 @@ Legend: R runs, S sources, B sequences of a batch, T context, P probes, Z = S B 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from rayx.proxy.model import Rotary
 from rayx.proxy.signals import copies_of, mean_gradients, sequence_parts
 from rayx.spec import ModelShape
+
+Gradients = dict[str, Tensor]  # of some sequences, or of the probes: name -> shape (count, ...)
 
 
 def influence(
@@ -37,8 +39,8 @@ def influence(
     probe's loss. The three curvatures have one trace, so lambda does not depend on the choice. A
     run whose gradients are not finite, or all zero, has NaN.
 
-    Cost: one forward and one backward pass of the sources' and the probes' tokens. Memory: the
-    gradients of a run's Z sequences, 4 bytes a number.
+    Cost: one forward and one backward pass of the sources' and the probes' tokens. Memory: S + P
+    gradients of each run; except for `diagonal`, also those of one run's Z sequences.
 
     Args:
         parameters: Name -> tensor of shape (R, ...).
@@ -51,7 +53,8 @@ def influence(
             matrix of the blocks, H's diagonal in the basis of the eigenvectors of E[x x^T] and
             E[d d^T], x its inputs and d the gradients of its outputs; for embeddings, the output
             matrix and norms H's diagonal. Adds eigenvectors of (in, in) and (out, out) matrices.
-        damping: > 0; of the mean eigenvalue of C.
+        damping: > 0; of the mean eigenvalue of C. H has rank Z at most, so that a value that is
+            large for `diagonal` is small for `fisher`.
 
     Source: Koh and Liang 2017, arXiv:1703.04730, eq. 2 (influence); Martens and Grosse 2015,
         arXiv:1503.05671, section 3 (Kronecker factors); George et al. 2018, arXiv:1806.03884,
@@ -62,94 +65,117 @@ def influence(
         from the model.
     """
     runs, sources, batch = tokens_RSBT.shape[:3]
-    probe_gradients = [_mean_gradients(parameters, shape, rotary, probe) for probe in probes]
-    result_RPS = np.full((runs, len(probes), sources), math.nan)
+    of_probes_P = [_mean_gradients(parameters, shape, rotary, probe) for probe in probes]
+    values: list[np.ndarray] = []
     for run in range(runs):
         one = {n: p[run : run + 1] for n, p in parameters.items()}
+        of_probes = {n: torch.stack([g[n][run] for g in of_probes_P]) for n in one}
+        factors = _Factors()
+        tap = factors.add if curvature == "kronecker" else None
         sequences = tokens_RSBT[run].reshape(1, sources * batch, 1, -1)
-        factors: dict[str, list[Tensor]] | None = {} if curvature == "kronecker" else None
-        gradients = _sequence_gradients(one, shape, rotary, sequences, factors)
-        of_probes = {n: torch.stack([g[n][run] for g in probe_gradients]) for n in gradients}
-        traces = [g.double().square().sum() for g in gradients.values()]
-        trace = float(torch.stack(traces).sum()) / (sources * batch)
-        if not 0 < trace < math.inf:
-            continue
-        for name, (a, b) in (factors or {}).items():
-            inputs, outputs = torch.linalg.eigh(a)[1], torch.linalg.eigh(b)[1]
-            for group in (gradients, of_probes):
-                group[name] = inputs.T @ group[name].double() @ outputs
-        pairs = [(gradients[n].flatten(1), of_probes[n].flatten(1)) for n in gradients]
-        inverse = _woodbury if curvature == "fisher" else _diagonal
-        value_PS = inverse(pairs, sources, damping * trace / shape.params)
-        result_RPS[run] = value_PS.cpu().numpy()
-    return result_RPS
+        parts = (
+            mean_gradients(copies, shape, rotary, text, tap=tap)
+            for copies, text in copies_of(one, shape, sequences)
+        )
+        if curvature == "fisher":
+            value_PS = _whole(list(parts), of_probes, sources, damping)
+        elif curvature == "kronecker":
+            held = list(parts)  # factors are complete only now
+            turn = factors.rotation()
+            value_PS = _diagonal(map(turn, held), turn(of_probes), sources, batch, damping)
+        else:
+            value_PS = _diagonal(parts, of_probes, sources, batch, damping)
+        values.append(value_PS.cpu().numpy())
+    return np.stack(values)
 
 
-Pairs = Sequence[tuple[Tensor, Tensor]]  # gradients of sequences, (Z, n), and of probes, (P, n)
+def _diagonal(
+    parts: Iterable[Gradients], of_probes: Gradients, sources: int, batch: int, damping: float
+) -> Tensor:
+    """Return g_p^T (diag(mean_z g_z^2) + lambda)^-1 g_s, shape (P, S)."""
+    square: dict[str, Tensor] = {n: torch.zeros(()) for n in of_probes}
+    source: dict[str, Tensor] = {n: torch.zeros(()) for n in of_probes}
+    done = 0
+    for part in parts:
+        count = len(next(iter(part.values())))
+        of_Z = torch.arange(done, done + count) // batch
+        for name, gradients in part.items():
+            g_Zn = gradients.flatten(1).double()
+            member_SZ = (torch.arange(sources)[:, None] == of_Z).to(g_Zn) / batch
+            square[name] = square[name] + g_Zn.square().sum(0) / (sources * batch)
+            source[name] = source[name] + member_SZ @ g_Zn
+        done += count
+    damped = damping * torch.stack([s.sum() for s in square.values()]).sum() / _size(of_probes)
+    values = [
+        (probe.flatten(1).double() / (square[name] + damped)) @ source[name].T
+        for name, probe in of_probes.items()
+    ]
+    return torch.stack(values).sum(0)
 
 
-def _diagonal(pairs: Pairs, sources: int, damping: float) -> Tensor:
-    """Return g_p^T (diag(mean_z g_z^2) + damping)^-1 g_s, shape (P, S)."""
-    parts = []
-    for of_sequences, of_probes in pairs:
-        g_Zn, probe_Pn = of_sequences.double(), of_probes.double()
-        source_Sn = g_Zn.view(sources, -1, g_Zn.shape[1]).mean(1)
-        parts.append(probe_Pn / (g_Zn.square().mean(0) + damping) @ source_Sn.T)
-    return torch.stack(parts).sum(0)
-
-
-def _woodbury(pairs: Pairs, sources: int, damping: float) -> Tensor:
-    """Return g_p^T (G^T G / Z + damping)^-1 g_s, shape (P, S), G the (Z, n) gradients.
+def _whole(
+    parts: Sequence[Gradients], of_probes: Gradients, sources: int, damping: float
+) -> Tensor:
+    """Return g_p^T (G^T G / Z + lambda)^-1 g_s, shape (P, S), G the (Z, n) gradients.
 
     With g_s = G^T e_s, e_s = 1 / B on the source's sequences, that is
-    Z (G g_p)^T (G G^T + Z damping)^-1 e_s.
+    Z (G g_p)^T (G G^T + Z lambda)^-1 e_s.
     """
-    doubles = [(g.double(), probe.double()) for g, probe in pairs]
-    gram_ZZ = torch.stack([g @ g.T for g, _ in doubles]).sum(0)
-    with_probes_PZ = torch.stack([probe @ g.T for g, probe in doubles]).sum(0)
-    count = len(gram_ZZ)
-    gram_ZZ.diagonal().add_(count * damping)
-    source_S = torch.eye(sources, dtype=torch.float64, device=gram_ZZ.device)
-    member_ZS = source_S.repeat_interleave(count // sources, dim=0) / (count // sources)
-    return count * with_probes_PZ @ torch.linalg.solve(gram_ZZ, member_ZS)
+    gram, along = [], []
+    for name, probe in of_probes.items():
+        g_Zn = torch.cat([part[name] for part in parts]).flatten(1).double()
+        gram.append(g_Zn @ g_Zn.T)
+        along.append(probe.flatten(1).double() @ g_Zn.T)
+    gram_ZZ, along_PZ = torch.stack(gram).sum(0), torch.stack(along).sum(0)
+    count, trace = len(gram_ZZ), float(gram_ZZ.trace())
+    if not 0 < trace < math.inf:
+        return torch.full((len(along_PZ), sources), math.nan)
+    gram_ZZ.diagonal().add_(damping * trace / _size(of_probes))
+    source_SS = torch.eye(sources).to(gram_ZZ)
+    member_ZS = source_SS.repeat_interleave(count // sources, dim=0) / (count // sources)
+    return count * along_PZ @ torch.linalg.solve(gram_ZZ, member_ZS)
+
+
+class _Factors:
+    """For each matrix of the blocks the sums over tokens of x x^T and d d^T, float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        if name != "head":
+            pair = self.sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
+            for place, values in enumerate((x, gradient)):
+                flat = values.flatten(0, 1).double()
+                pair[place] = pair[place] + flat.T @ flat
+
+    def rotation(self) -> Callable[[Gradients], Gradients]:
+        """Return what writes the gradients of these matrices in the eigenvectors' basis."""
+        bases = {
+            name: [torch.linalg.eigh(s)[1] for s in pair]
+            for name, pair in self.sums.items()
+            if all(s.isfinite().all() for s in pair)  # else the gradients are not, in any basis
+        }
+
+        def turn(gradients: Gradients) -> Gradients:
+            turned = {n: b[0].T @ gradients[n].double() @ b[1] for n, b in bases.items()}
+            return {**gradients, **turned}
+
+        return turn
+
+
+def _size(gradients: Gradients) -> int:
+    return sum(g[0].numel() for g in gradients.values())
 
 
 def _mean_gradients(
     parameters: Mapping[str, Tensor], shape: ModelShape, rotary: Rotary, probe: Tensor
-) -> dict[str, Tensor]:
+) -> Gradients:
     """Return the gradients of each run's mean loss on a probe: name -> shape (R, ...)."""
-    total: dict[str, Tensor] = {}
+    total: Gradients = {}
     tokens_RNT = probe.expand(parameters["embedding"].shape[0], -1, -1)
     for part in sequence_parts(shape, tokens_RNT):
         share = part.shape[1] / len(probe)
         for name, gradient in mean_gradients(parameters, shape, rotary, part).items():
             total[name] = total.get(name, 0.0) + share * gradient
     return total
-
-
-def _sequence_gradients(
-    one: Mapping[str, Tensor],
-    shape: ModelShape,
-    rotary: Rotary,
-    tokens: Tensor,
-    factors: dict[str, list[Tensor]] | None,
-) -> dict[str, Tensor]:
-    """Return one run's gradient of each sequence: name -> shape (Z, ...).
-
-    `factors`, if given, is filled for each matrix of the blocks with the sums over tokens of
-    x x^T, shape (in, in), and d d^T, shape (out, out), float64.
-    """
-
-    def tap(name: str, x: Tensor, gradient: Tensor) -> None:
-        if factors is None or name == "head":
-            return
-        for place, values in enumerate((x, gradient)):
-            flat = values.flatten(0, 1).double()
-            sums = factors.setdefault(name, [torch.zeros(()), torch.zeros(())])
-            sums[place] = sums[place] + flat.T @ flat
-
-    parts = [
-        mean_gradients(copies, shape, rotary, text, tap=tap if factors is not None else None)
-        for copies, text in copies_of(one, shape, tokens)
-    ]
-    return {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
