@@ -267,6 +267,7 @@ def test_a_damaged_record_is_redone(ray_cluster, tiny_corpus, store, script, cap
     specs = small_specs(tiny_corpus, 2)
     for spec in specs:
         store.put(record(spec))
+    store.compact()
     file = Path(store.root) / "records" / f"{specs[0].run_id}.json"
     file.write_bytes(file.read_bytes()[:100])
     assert set(run_sweep(specs, tiny_corpus, store, script).values()) == {"ok"}
