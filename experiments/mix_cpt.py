@@ -27,8 +27,8 @@ from rayx.methods.regmix import Sweep
 
 log = logging.getLogger(__name__)
 
-BASE_TOKENS = 300_000
-TOKENS = 100_000
+BASE_TOKENS = 200_000
+TOKENS = 64_000
 ARMS = (
     Arm(),
     *(Arm(ratio=ratio) for ratio in (0.9, 0.75, 0.5, 0.25)),
@@ -100,7 +100,7 @@ def mean_arms(found: pd.DataFrame) -> pd.DataFrame:
 
 def verdict(p: Parameters, means: pd.DataFrame, chosen: dict[str, str]) -> str:
     """Return the outcome in sentences; `means` by arm, over the reporting seeds."""
-    front = ", ".join(means.loc[means["front"], "arm"])
+    front = "; ".join(means.loc[means["front"], "arm"])
     by_arm = means.set_index("arm")
     parts = []
     for family, arm in chosen.items():

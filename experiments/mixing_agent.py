@@ -38,9 +38,9 @@ from rayx.verify import CHOICE, compare
 
 log = logging.getLogger(__name__)
 
-TRUNK_TOKENS = 200_000
-TOKENS = 102_400
-SEQUENCES = 32
+TRUNK_TOKENS = 150_000
+TOKENS = 61_440
+SEQUENCES = {"first": 24, "second": 128}  # of a target, by part of its held-out text
 GREEDY = "agent, not conservative"
 
 
@@ -76,7 +76,7 @@ def template(p: Parameters, corpus: Corpus, seed: int, part: str) -> TrainSpec:
         ),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), TRUNK_TOKENS),
         optimizer=Optimizer(lr=8e-3, batch_sequences=8),
-        evaluation=Evaluation(points=1, sequences=SEQUENCES, part=part),
+        evaluation=Evaluation(points=1, sequences=SEQUENCES[part], part=part),
         seed=seed,
         data_seed=seed,
     )
@@ -132,7 +132,7 @@ def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
             domains=corpus.domains,
             network=network,
             decisions=p.phases,
-            sequences=SEQUENCES,
+            sequences=SEQUENCES["first"],
             seed=seed,
         )
         runs += steered(p, corpus, agent)
