@@ -93,19 +93,21 @@ def _diagonal(
     parts: Iterable[Gradients], of_probes: Gradients, sources: int, batch: int, damping: float
 ) -> Tensor:
     """Return g_p^T (diag(mean_z g_z^2) + lambda)^-1 g_s, shape (P, S)."""
-    square: dict[str, Tensor] = {n: torch.zeros(()) for n in of_probes}
-    source: dict[str, Tensor] = {n: torch.zeros(()) for n in of_probes}
-    done = 0
+    empty = {n: torch.zeros_like(p[0].flatten(), dtype=torch.float64) for n, p in of_probes.items()}
+    square = {n: zeros.clone() for n, zeros in empty.items()}
+    source = {n: zeros.repeat(sources, 1) for n, zeros in empty.items()}
+    done, total = 0, sources * batch
     for part in parts:
-        count = len(next(iter(part.values())))
+        count = len(part["norm"])
         of_Z = torch.arange(done, done + count) // batch
         for name, gradients in part.items():
-            g_Zn = gradients.flatten(1).double()
-            member_SZ = (torch.arange(sources)[:, None] == of_Z).to(g_Zn) / batch
-            square[name] = square[name] + g_Zn.square().sum(0) / (sources * batch)
-            source[name] = source[name] + member_SZ @ g_Zn
+            g_Zn = gradients.flatten(1)
+            square[name] += g_Zn.square().sum(0) / total
+            for number in of_Z.unique().tolist():  # mostly one
+                source[name][number] += g_Zn[of_Z == number].sum(0) / batch
         done += count
-    damped = damping * torch.stack([s.sum() for s in square.values()]).sum() / _size(of_probes)
+    trace = torch.stack([s.sum() for s in square.values()]).sum()
+    damped = damping * trace / _size(of_probes)
     values = [
         (probe.flatten(1).double() / (square[name] + damped)) @ source[name].T
         for name, probe in of_probes.items()
