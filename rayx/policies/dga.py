@@ -55,7 +55,7 @@ class DGA:
 
     name: ClassVar[str] = "dga"
     specific: tuple[Probe, ...]
-    eta: float = 10.0
+    eta: float = 5.0
     ema: float = 0.0
     floor: float = 1e-4
     every_steps: int = 100
