@@ -13,7 +13,12 @@ Method:    Each seed searches anew: RegMix on `proxies` runs; D and M on a run a
            What influence forecasts: branches from the same run, on one domain each.
 Cost:      `rayx run experiments/tikmix.py --dry-run`.
 Run:       rayx run experiments/tikmix.py
-           rayx run experiments/tikmix.py --set targets=domains --store runs/tikmix-domains
+           rayx run experiments/tikmix.py --set domains=true --store runs/tikmix-domains
+Result:    D, at 5% of RegMix's compute, is below it in 3 of 3 seeds, by .043 bits per byte (.081
+           with the whole Fisher matrix), and below uniform in 2 of 3, by .034 (.072); 1 to 1.7 of 4
+           targets get worse than with the prior, which D's bounds should not allow. Influence
+           forecasts branches at .72 (.77). M is as good as uniform: its mixed sets measure noise.
+           See LOG.md.
 """
 
 from __future__ import annotations
@@ -33,7 +38,6 @@ from rayx.methods.regmix import RegMix, Sweep
 from rayx.methods.tikmix import TiKMiX
 from rayx.policies.tikmix import InfluenceSurvey, TiKMiXD
 from rayx.policy import CURVATURES
-from rayx.spec import require
 from rayx.verify import objective_bpb
 
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ class Parameters:
     """What --set may change."""
 
     corpus: str = "data/sample"  # where the sample corpus is, or is built
-    targets: str = "few"  # or "domains"
+    domains: bool = False  # whether the domains are the targets, in place of FEW
     proxies: int = 24
     proxy_tokens: int = 128_000
     final_tokens: int = 320_000
@@ -66,13 +70,8 @@ def corpus(p: Parameters) -> Corpus:
 
 
 def targets(p: Parameters, corpus: Corpus) -> tuple[str, ...]:
-    """Return the targets of the objective.
-
-    Raises:
-        SpecError: `targets` is neither.
-    """
-    require(p.targets in ("few", "domains"), "targets", p.targets, "'few' or 'domains'")
-    return FEW if p.targets == "few" else tuple(corpus.domains)
+    """Return the targets of the objective."""
+    return tuple(corpus.domains) if p.domains else FEW
 
 
 def proxy(p: Parameters, corpus: Corpus, seed: int, tokens: int, part: str) -> TrainSpec:
@@ -218,7 +217,7 @@ def verdict(found: pd.DataFrame) -> dict[str, Any]:
 
 
 def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
-    """Choose, train what was chosen, and write reports/tikmix-TARGETS.csv and .json."""
+    """Choose, train what was chosen, and write reports/tikmix.csv and .json."""
     fits = {seed: tikmix(p, corpus, seed).fitted(store) for seed in seeds(p)}
     runs: dict[int, dict[str, TrainSpec]] = {}
     for seed, fitted in fits.items():
@@ -239,8 +238,8 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
         "held out": [float(fitted.cv["spearman"].mean()) for fitted in fits.values()],
         "linear": [tikmix(p, corpus, seed).additivity(store) for seed in fits],
     }
-    store.write_bytes(f"reports/tikmix-{p.targets}.csv", found.to_csv(index=False).encode())
-    store.write_json(f"reports/tikmix-{p.targets}.json", said)
+    store.write_bytes("reports/tikmix.csv", found.to_csv(index=False).encode())
+    store.write_json("reports/tikmix.json", said)
     means = pd.DataFrame(found.drop(columns="seed").groupby("arm").mean()).sort_values("loss")
     log.info("mean over %d seeds:\n%s", p.seeds, means.round(4).to_string())
     for c, of_seeds in said["forecast_spearman"].items():
