@@ -69,9 +69,10 @@ def q_values(network: np.ndarray, state_F: np.ndarray, actions_MK: np.ndarray) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """The action of the largest Q among candidates, `decisions` times a run.
+    """The mean of the candidates of the largest Q, `decisions` times a run.
 
     Candidates: the prior and the current weights, Dirichlet draws around both, smoothed vertices.
+    The mean of several, for the one of the very largest Q is mostly that of the largest error.
 
     Attributes:
         domains: What it was trained on, in the order of its inputs.
@@ -79,6 +80,7 @@ class Agent:
         decisions: Blocks of the run, of equal length; best as many as the trajectories' phases.
         sequences: Of each domain's probe, in the first half of its held-out text.
         candidates: How many are drawn at each decision.
+        top: How many of the best are averaged; 1 for the best alone.
         seed: Draws them.
 
     Source: derived.
@@ -90,6 +92,7 @@ class Agent:
     decisions: int = 12
     sequences: int = 64
     candidates: int = 256
+    top: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +104,7 @@ class Agent:
         size = len(self.network)
         ok = size > 1 and size % per_unit == 1
         require(ok, "Length of Agent.network", size, f"a multiple of {per_unit}, and 1 more")
-        for name in ("decisions", "sequences", "candidates"):
+        for name in ("decisions", "sequences", "candidates", "top"):
             value = getattr(self, name)
             require(is_int(value) and value > 0, f"Agent.{name}", value, "an integer > 0")
         require(is_int(self.seed) and self.seed >= 0, "Agent.seed", self.seed, "an integer >= 0")
@@ -127,7 +130,8 @@ class Agent:
         for decision in range(1, self.decisions + 1):
             state_F = state_features(step / setting.steps, read_K / max(1, step), losses_K, start_K)
             actions_MK = self._actions(prior_K, weights_K, rng)
-            weights_K = actions_MK[q_values(network, state_F, actions_MK).argmax()]
+            best = np.argsort(-q_values(network, state_F, actions_MK), kind="stable")[: self.top]
+            weights_K = actions_MK[best].mean(axis=0)
             steps = round(setting.steps * decision / self.decisions) - step
             after = signal if decision < self.decisions else None
             losses_K = yield Block(weights_K[place], steps, after)

@@ -42,7 +42,7 @@ def train_agent(
     *,
     members: int = 4,
     units: int = 8,
-    alpha: float = 0.1,
+    alpha: float = 0.5,
     steps: int = 500,
     lr: float = 5e-3,
     weight_decay: float = 1.0,
