@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 
 from rayx.errors import StoreError
 from rayx.mixture import Mixture, Schedule
@@ -154,20 +155,18 @@ def on_front(outcomes: pd.DataFrame) -> np.ndarray:
 def less_replay(outcomes: pd.DataFrame) -> np.ndarray:
     """Return each row's domain loss less that of replay alone at the same general loss, shape (A,).
 
-    Replay alone: the plain arm and all replay ratios of these rows, joined by straight lines. NaN
-    where the general loss is outside them. Below 0 an arm is better than any share of replay.
+    Replay alone: a monotone cubic through the plain arm and all replay ratios of these rows;
+    straight lines would lie above a convex curve and flatter the others. NaN where the general loss
+    is outside them. Below 0 an arm is better than any share of replay.
 
-    Source: derived.
+    Source: derived; the cubic: Fritsch and Butland 1984 (scipy's PCHIP).
     """
     own = outcomes["family"].isin(["plain", REPLAY])
-    line = outcomes.loc[own].sort_values("general_loss")
-    return outcomes["domain_loss"].to_numpy(float) - np.interp(
-        outcomes["general_loss"].to_numpy(float),
-        line["general_loss"].to_numpy(float),
-        line["domain_loss"].to_numpy(float),
-        left=np.nan,
-        right=np.nan,
+    line = outcomes.loc[own].sort_values("general_loss").drop_duplicates("general_loss")
+    curve = PchipInterpolator(
+        line["general_loss"].to_numpy(float), line["domain_loss"].to_numpy(float), extrapolate=False
     )
+    return outcomes["domain_loss"].to_numpy(float) - curve(outcomes["general_loss"].to_numpy(float))
 
 
 def best_within(outcomes: pd.DataFrame, forgetting: float) -> dict[str, str]:
