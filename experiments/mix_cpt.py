@@ -10,10 +10,10 @@ Method:    21 arms of equal tokens in families of four and the plain one. One se
            loss less that of replay alone at the same general loss.
 Cost:      `rayx run experiments/mix_cpt.py --dry-run`.
 Run:       rayx run experiments/mix_cpt.py
-Result:    Two seeds: a quarter of self-distillation forgets half as much as plain continuation (+.17,
-           +.35) without any old text, as good as replay at that general loss (-.011 bits per byte);
-           larger shares and lower rates are worse than replay (+.02 to +.36). The swap gains a
-           little more, forgets a little more, and is no better. See LOG.md.
+Result:    Two seeds: a quarter of self-distillation forgets half as much as plain continuation
+           (+.17, +.35 bits per byte) without any old text, and is as good as replay at that general
+           loss (-.011); larger shares and lower rates are worse than replay (+.02 to +.35). The swap
+           gains a little more, forgets a little more, and is no better. See LOG.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rayx import Mixture, Optimizer, Schedule
 from rayx.errors import SpecError, StoreError
 from rayx.experiment import load_experiment
 from rayx.methods.mix_cpt import Arm, MixCpt, best_within, less_replay, on_front
-from rayx.proxy import train_pack
+from rayx.proxy import set_threads, train_pack
 from rayx.proxy.checkpoint import State, write_checkpoint
 from rayx.proxy.distillation import Teachers, distilled_losses
 from rayx.proxy.model import Rotary, initial_parameters, token_logits
@@ -29,6 +29,12 @@ study = load_experiment(Path(__file__).parents[1] / "experiments" / "mix_cpt.py"
 
 CPU = torch.device("cpu")
 R, B, T, V = 2, 3, 4, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small matrices; threads that wait for each other take longer."""
+    set_threads(1)
 
 
 @pytest.fixture
