@@ -12,8 +12,8 @@ Cost:      `rayx run experiments/mix_cpt.py --dry-run`.
 Run:       rayx run experiments/mix_cpt.py
 Result:    Two seeds: a quarter of self-distillation forgets half as much as plain continuation
            (+.17, +.35 bits per byte) without any old text, and is as good as replay at that general
-           loss (-.011); larger shares and lower rates are worse than replay (+.02 to +.35). The swap
-           gains a little more, forgets a little more, and is no better. See LOG.md.
+           loss (-.011); larger shares and lower rates are worse than replay (+.02 to +.35). The
+           swap gains a little more, forgets a little more, and is no better. See LOG.md.
 """
 
 from __future__ import annotations
