@@ -28,7 +28,7 @@ from rayx.record import Record
 from rayx.spec import TrainSpec
 from rayx.store import Store
 
-# Dirichlet strengths: of each trajectory's centre around the prior, of its phases around the centre.
+# Dirichlet strengths: of a trajectory's centre around the prior, of its phases around the centre.
 CENTRES, AROUND = 4.0, 12.0
 LEAST = 0.05  # added to each concentration
 
