@@ -12,7 +12,9 @@ Method:    All arms of a group and a seed go on from one trunk, trained on the u
            force: a branch from the trunk on each domain alone.
 Cost:      `rayx run experiments/aioli.py --dry-run`.
 Run:       rayx run experiments/aioli.py
-Result:    To come.
+Result:    DoGE is below uniform in 5 of 9 runs (averaged: 6 of 9), in the mean by .08 of 93; Aioli
+           and all others in 3 or fewer. Entries of the laws agree with brute force (rank correlation
+           .5 to .9), their column sums, which set weights, do not on 7 domains. See LOG.md.
 """
 
 from __future__ import annotations
@@ -163,21 +165,23 @@ def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     ]
 
 
-def agreement(study: MixingStudy, store: Store) -> dict[str, float]:
-    """Return arm -> rank correlation of its law, averaged over the run, with brute force.
+def agreement(study: MixingStudy, store: Store) -> list[dict[str, object]]:
+    """Return for each arm how its law, averaged over the run, agrees with brute force.
 
-    Over all pairs of a target and a domain; each target's row less its mean, as a branch has no
-    loss before it.
+    Rank correlations of `entries`, all pairs of a target and a domain, each target's row less its
+    mean, as a branch has no loss before it; and of `columns`, sums over targets, which set weights.
     """
     runs = [store.get(spec.run_id).losses for spec in branches(study)]
     fall_KK = -np.array([[losses[i].nats for losses in runs] for i in study.domains])
-    found = {}
+    found = []
     for arm, spec in study.first_arms().items():
-        if spec.policy is None or spec.policy.name == "doremi":  # a diagonal is no guess of others
+        if spec.policy is None:
             continue
         law_KK = np.mean(laws(spec.policy, store.get(spec.run_id).decisions), axis=0)
-        rows = (a - a.mean(axis=1, keepdims=True) for a in (law_KK, fall_KK))
-        found[arm] = spearman(*(a.ravel() for a in rows))
+        rows = [a - a.mean(axis=1, keepdims=True) for a in (law_KK, fall_KK)]
+        entries = spearman(*(a.ravel() for a in rows))
+        columns = spearman(*(a.sum(axis=0) for a in (law_KK, fall_KK)))
+        found.append({"arm": arm, "entries": entries, "columns": columns})
     return found
 
 
@@ -186,14 +190,11 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
     tables, beliefs = [], []
     for (group, seed), study in studies(p, corpus).items():
         tables.append(study.table(store).assign(group=group, seed=seed))
-        beliefs += [
-            {"group": group, "seed": seed, "arm": arm, "spearman": rho}
-            for arm, rho in agreement(study, store).items()
-        ]
+        beliefs += [row | {"group": group, "seed": seed} for row in agreement(study, store)]
     table, belief = pd.concat(tables), pd.DataFrame(beliefs)
     rows = summary(table)
     log.info("perplexity less uniform's:\n%s", rows.round(4).to_string(index=False))
-    means = belief.pivot_table(index="arm", columns="group", values="spearman", aggfunc="mean")
+    means = belief.pivot_table(index="arm", columns="group", values=["entries", "columns"])
     log.info("laws against branches on one domain, rank correlation:\n%s", means.to_string())
     store.write_bytes("reports/aioli.csv", table.to_csv(index=False).encode())
     summaries = rows.astype(object).where(rows.notna(), None).to_dict("records")  # no NaN in JSON
