@@ -13,8 +13,8 @@ Method:    All arms of a group and a seed go on from one trunk, trained on the u
 Cost:      `rayx run experiments/aioli.py --dry-run`.
 Run:       rayx run experiments/aioli.py
 Result:    DoGE is below uniform in 5 of 9 runs (averaged: 6 of 9), in the mean by .08 of 93; Aioli
-           and all others in 3 or fewer. Entries of the laws agree with brute force (rank correlation
-           .5 to .9), their column sums, which set weights, do not on 7 domains. See LOG.md.
+           and all others in 3 or fewer. Entries of the laws agree with brute force (correlation .4
+           to .9), their column sums, which set weights, do not on 7 domains. See LOG.md.
 """
 
 from __future__ import annotations
