@@ -52,7 +52,7 @@ def arms(corpus: Corpus, reference: Parent) -> dict[str, Any]:
         "doremi": {"reference": reference},
     }
     made = {name: kind(**needed.get(name, {})) for name, kind in POLICIES.items()}
-    matrix = tuple(tuple(row) for row in np.eye(num).tolist())
+    matrix = tuple(tuple(row) for row in np.diag(np.arange(1.0, num + 1)).tolist())
     made["skill-it, matrix given"] = POLICIES["skill-it"](skills=matrix)
     return {"plain": None, **dict(sorted(made.items()))}
 
