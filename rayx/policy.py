@@ -19,7 +19,7 @@ import numpy as np
 
 from rayx.errors import SpecError
 from rayx.mixture import Mixture
-from rayx.recipe import is_int, is_number, require
+from rayx.recipe import ModelShape, is_int, is_number, require
 from rayx.units import forward_flops, train_flops
 
 PARTS = ("train", "first", "second", "all")
@@ -58,9 +58,9 @@ class Losses:
     def __post_init__(self) -> None:
         require(bool(self.probes), "Losses.probes", self.probes, "at least one probe")
 
-    def flops(self, params: int, context: int) -> float:
+    def flops(self, shape: ModelShape) -> float:
         """FLOPs of one measurement."""
-        return forward_flops(params, context * _sequences(self.probes))
+        return forward_flops(shape.matmul_params, shape.context * _sequences(self.probes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +87,13 @@ class Gradients:
         _check_count("Gradients.sequences", self.sequences)
         require(self.over in OVER, "Gradients.over", self.over, f"one of {', '.join(OVER)}")
 
-    def flops(self, params: int, context: int) -> float:
+    def flops(self, shape: ModelShape) -> float:
         """FLOPs of one measurement."""
-        tokens = context * self.sequences * (len(self.sources) + len(self.probes))
-        return (forward_flops if self.over == "last" else train_flops)(params, tokens)
+        tokens = shape.context * self.sequences * (len(self.sources) + len(self.probes))
+        if self.over != "last":
+            return train_flops(shape.matmul_params, tokens)
+        # Backward, the output matrix' own gradient alone: one product more.
+        return forward_flops(shape.matmul_params + shape.vocab_size * shape.width, tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +116,10 @@ class Excess:
         require(bool(self.sources), "Excess.sources", self.sources, "at least one mixture")
         _check_count("Excess.sequences", self.sequences)
 
-    def flops(self, params: int, context: int) -> float:
+    def flops(self, shape: ModelShape) -> float:
         """FLOPs of one measurement."""
-        both = params + self.reference.spec.model.matmul_params
-        return forward_flops(both, context * self.sequences * len(self.sources))
+        both = shape.matmul_params + self.reference.spec.model.matmul_params
+        return forward_flops(both, shape.context * self.sequences * len(self.sources))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +146,12 @@ class Drops:
         _check_count("Drops.steps", self.steps)
         _check_count("Drops.batch_sequences", self.batch_sequences)
 
-    def flops(self, params: int, context: int) -> float:
+    def flops(self, shape: ModelShape) -> float:
         """FLOPs of one measurement."""
-        steps = len(self.sources) * self.steps * self.batch_sequences * context
-        losses = (len(self.sources) + 1) * _sequences(self.probes) * context
-        return train_flops(params, steps) + forward_flops(params, losses)
+        params = shape.matmul_params
+        steps = len(self.sources) * self.steps * self.batch_sequences
+        losses = (len(self.sources) + 1) * _sequences(self.probes)
+        return shape.context * (train_flops(params, steps) + forward_flops(params, losses))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +184,10 @@ class Influence:
         ok = is_number(self.damping) and self.damping > 0
         require(ok, "Influence.damping", self.damping, "a number > 0")
 
-    def flops(self, params: int, context: int) -> float:
+    def flops(self, shape: ModelShape) -> float:
         """FLOPs of one measurement."""
         sequences = self.sequences * len(self.sources) + _sequences(self.probes)
-        return train_flops(params, context * sequences)
+        return train_flops(shape.matmul_params, shape.context * sequences)
 
 
 Signal = Losses | Gradients | Excess | Drops | Influence

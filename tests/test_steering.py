@@ -176,9 +176,8 @@ def test_record_says_what_was_decided_and_what_it_was_trained_on(template, tiny_
     assert record.mixture["law"] > 0.35, "the specific set's own domain gains weight"
     read = {d: e * (len(tiny_corpus.train(d)) - 1) // 32 for d, e in record.epochs.items()}
     assert read["law"] / sum(read.values()) == pytest.approx(record.mixture["law"], abs=0.03)
-    signal_flops = Gradients(sources=(Mixture({"law": 1}),) * 3, probes=law(), sequences=4).flops(
-        template.model.matmul_params, 32
-    )
+    sources = (Mixture({"law": 1}),) * 3
+    signal_flops = Gradients(sources=sources, probes=law(), sequences=4).flops(template.model)
     assert record.signal_flops == 4 * signal_flops
     assert record.flops == record.spec.flops + record.signal_flops  # pyright: ignore[reportAttributeAccessIssue]
     assert 0 < record.signal_seconds < record.seconds

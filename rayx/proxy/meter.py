@@ -77,7 +77,7 @@ class Meter:
             for run, value in zip(members, self._values(signal, members, lr_share), strict=True):
                 values[run] = np.asarray(value, np.float64)
             self.seconds_R[members] += (time.perf_counter() - began) / len(members)
-            self.flops_R[members] += signal.flops(self.shape.matmul_params, self.shape.context)
+            self.flops_R[members] += signal.flops(self.shape)
         return list(values.values())
 
     def _values(self, signal: Signal, runs: list[int], lr_share: float) -> np.ndarray:
