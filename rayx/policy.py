@@ -277,8 +277,11 @@ def policy_parents(policy: Any) -> tuple[Any, ...]:
 
 def policy_to_json(policy: Any) -> dict[str, Any]:
     """Return plain JSON data from which `policy_from_json` makes an equal policy."""
-    fields = {f.name: _plain(getattr(policy, f.name)) for f in dataclasses.fields(policy)}
-    return {"name": policy.name, **fields}
+    values = {f.name: _plain(getattr(policy, f.name)) for f in dataclasses.fields(policy)}
+    for f in dataclasses.fields(policy):  # 5 and 5.0 are one value, and so one run_id
+        if f.type in (float, "float"):
+            values[f.name] = float(values[f.name])
+    return {"name": policy.name, **values}
 
 
 def policy_from_json(data: dict[str, Any]) -> Any:

@@ -325,6 +325,11 @@ def test_reference_of_another_context_is_refused(template):
         dataclasses.replace(template, policy=DoReMi(reference=reference))
 
 
+def test_whole_number_is_the_same_run_as_its_float(template):
+    one, other = (with_policy(template, DGA(specific=law(), eta=eta)) for eta in (5, 5.0))
+    assert one == other and one.run_id == other.run_id
+
+
 def test_unknown_policy_is_named(template):
     data = with_policy(template, DGA(specific=law())).to_json()
     data["policy"]["name"] = "dgq"
