@@ -53,6 +53,9 @@ FREE = {  # importing the key, in a fresh interpreter, loads none of these
     "rayx.split": ["torch", "ray", "matplotlib"],
     "rayx.candidates": ["torch", "ray", "lightgbm", "matplotlib"],
     "rayx.fit": ["torch", "ray", "matplotlib"],
+    "rayx.policies": ["torch", "ray", "lightgbm", "matplotlib"],
+    "rayx.steering": ["torch", "ray", "lightgbm", "matplotlib"],
+    "rayx.likelihoods": ["torch", "ray", "lightgbm", "matplotlib"],
     "rayx.proxy": ["ray", "lightgbm", "matplotlib"],
     "rayx.cli": ["torch", "ray", "matplotlib"],
 }
