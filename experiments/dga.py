@@ -10,7 +10,9 @@ Published: Fan, Grangier and Ablin 2024, arXiv:2410.02498: DGA is better than im
 Method:    Judged on the second half of the domain's held-out text; seed 0 chose eta.
 Cost:      `rayx run experiments/dga.py --dry-run`.
 Run:       rayx run experiments/dga.py
-Result:    See LOG.md.
+Result:    DGA is below uniform by .08 (domain left out) and .18 (inside), in 3 of 3 seeds each, and
+           below importance sampling by .26 where text is scarce; it is above importance sampling by
+           .04 where text is plentiful, and not below uniform where it is scarce. See LOG.md.
 """
 
 from __future__ import annotations

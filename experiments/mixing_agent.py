@@ -12,8 +12,9 @@ Method:    20 trajectories of 10 phases from one trunk; conservative Q-learning;
            All choices on the first half of the held-out text, all figures on the second.
 Cost:      `rayx run experiments/mixing_agent.py --dry-run`.
 Run:       rayx run experiments/mixing_agent.py
-Result:    On the seed that chose settings agents beat uniform mixing (3.04-3.06 to 3.086 bits per
-           byte) and lost to a constant half of code (3.015). See LOG.md.
+Result:    The agent is no better than uniform (1 of 3 seeds) and loses to random search and to the
+           best recorded trajectory (0 of 3). Without its conservative term it beats both in 3 of 3,
+           and loses to the objective's weights as the mixture. See LOG.md.
 """
 
 from __future__ import annotations
