@@ -215,7 +215,7 @@ class TiKMiXD(_Measurement):
         signal = self.signal(setting.each, targets)
         weights_K = setting.prior_K
         every = max(1, round(self.every_share * setting.steps))
-        for _ in range(every, setting.steps, every):
+        for _ in range(every, setting.steps - every // 2, every):  # not just before the end
             influence_PK = yield Block(weights_K, every, signal)
             check_influence(influence_PK, targets, setting.domains)
             weights_K = dynamic_weights(influence_PK, weights_K, self.alpha, self.beta, self.gamma)
