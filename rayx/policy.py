@@ -11,6 +11,8 @@ Legend: K domains, S sources of a signal, P probes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -282,6 +284,14 @@ def policy_to_json(policy: Any) -> dict[str, Any]:
         if f.type in (float, "float"):
             values[f.name] = float(values[f.name])
     return {"name": policy.name, **values}
+
+
+def policy_id(policy: Any, prior: Mixture) -> str:
+    """Return 8 hex digits of settings and prior, equal in replicates: references do not count."""
+    values = policy_to_json(policy)
+    values = {k: v for k, v in values.items() if not (isinstance(v, dict) and "parent" in v)}
+    text = json.dumps([values, prior.millionths], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def policy_from_json(data: dict[str, Any]) -> Any:

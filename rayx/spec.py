@@ -16,7 +16,7 @@ from typing import Any
 from rayx.distillation import Distillation
 from rayx.errors import SpecError
 from rayx.mixture import Mixture, Schedule
-from rayx.policy import Policy, policy_from_json, policy_parents, policy_to_json
+from rayx.policy import Policy, policy_from_json, policy_id, policy_parents, policy_to_json
 from rayx.recipe import (
     Evaluation,
     LrSchedule,
@@ -269,6 +269,7 @@ class TrainSpec:
             "expert_set": None,
             "operator": None,
             "policy": self.policy.name if self.policy else None,
+            "policy_id": policy_id(self.policy, self.mixture) if self.policy else None,
             "teacher": self.distillation.teacher.spec.run_id if self.distillation else None,
             "seed": self.seed,
             "data_seed": self.data_seed,

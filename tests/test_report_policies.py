@@ -12,7 +12,7 @@ from rayx import Distillation, Mixture, Parent, Probe
 from rayx.fit import Table, join_kinds
 from rayx.fit.laws.table import LawTable
 from rayx.fit.table import largest_scale
-from rayx.policies import DGA
+from rayx.policies import DGA, DoReMi
 from rayx.policy import Decision
 from rayx.report import render
 from rayx.report.policies import weights_over_time
@@ -66,7 +66,20 @@ def test_page_shows_the_weights_and_what_signals_took(store):
     assert '<h2 id="policies">' in page or "Policies</h2>" in page
     assert "dga: web rises from 0.50 to 0.85" in page
     assert "20.0%" in page, "0.3 of 1.5 seconds"
+    assert "dga (specific web (train), from uniform over 2 domains); 2 runs." in page
     assert "left out of every fit" in page
+
+
+def test_settings_and_priors_are_told_apart(store):
+    other = dataclasses.replace(POLICY, eta=2.5)
+    store.put(decided(train_spec(5, 5, policy=other), 0.1))
+    store.put(decided(train_spec(9, 1, policy=POLICY), 0.2))
+    runs = store.runs().dropna(subset=["policy"])
+    assert sorted(runs["policy_id"].value_counts()) == [1, 1, 2]
+    page = render(store, title="Policies")
+    assert "specific web (train), eta 2.5, from uniform over 2 domains" in page
+    assert "specific web (train), from web 0.90, code 0.10" in page
+    assert "dga: web rises from 0.50 to 0.85" in page, "the mean of two, not of four"
 
 
 def test_page_without_policies_has_no_such_section(tmp_path):
@@ -93,3 +106,10 @@ def test_lines_are_the_weights_in_force(store):
 
 def test_mixture_of_a_plain_run_is_its_schedules():
     assert record().mixture == Mixture({"web": 7, "code": 3})
+
+
+def test_replicates_share_a_policy_id_whatever_their_references():
+    policies = [DoReMi(reference=Parent(train_spec(1, 1, seed=seed), 8)) for seed in (1, 2)]
+    specs = [train_spec(5, 5, policy=policy) for policy in policies]
+    assert specs[0].run_id != specs[1].run_id
+    assert specs[0].columns()["policy_id"] == specs[1].columns()["policy_id"]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rayx import plots
+from rayx.policy import Probe
 from rayx.report.evidence import Evidence
 from rayx.report.page import Html, figure, paragraph, table
 from rayx.report.svg import draw
+from rayx.spec import Parent, TrainSpec
 
 HEADING = "Policies"
 MOST_PANELS = 6
@@ -18,22 +23,61 @@ MOST_NAMED = 6  # domains in a legend
 
 
 def section(evidence: Evidence) -> Html:
-    """Weights over time, one panel a policy, and a table of averages and cost."""
+    """Weights over time, one panel a policy and its settings, and a table of losses and cost."""
+    runs = evidence.steered
+    groups = sorted((of for _, of in runs.groupby("policy_id")), key=len, reverse=True)
+    shown = groups[:MOST_PANELS]
     text = (
         "A policy sets the mixture while a run trains. Bold: the mean over its runs, thin: each "
         "run. These runs are left out of every fit, for their loss depends on the path."
     )
+    if len(groups) > len(shown):
+        text += f" {len(shown)} of {len(groups)} settings are drawn, those with most runs."
+    names = [settings(evidence, of) for of in groups]
     decided = evidence.store.decisions()
-    runs = evidence.steered
     decided = decided.join(runs.set_index("run_id")["tokens"].rename("end"), on="run_id")
     panels = []
-    for i, (policy, of) in enumerate(list(decided.groupby("policy"))[:MOST_PANELS]):
-        title = f"{policy}: {_moved(of)}"
-        svg = draw(lambda a: weights_over_time(of, a, title), f"policy{i}", title, height=260)  # noqa: B023
-        panels.append(figure(svg, f"{of['run_id'].nunique()} runs."))
+    for i, of in enumerate(shown):
+        data = decided.loc[decided["run_id"].isin(of["run_id"])]
+        title = f"{of['policy'].iloc[0]}: {_moved(data)}"
+        svg = draw(lambda a: weights_over_time(data, a, title), f"policy{i}", title, height=260)  # noqa: B023
+        panels.append(figure(svg, f"{names[i]}; {len(of)} runs."))
     return Html(
-        paragraph(text, "note") + f'<div class="panels">{"".join(panels)}</div>' + _numbers(runs)
+        paragraph(text, "note")
+        + f'<div class="panels">{"".join(panels)}</div>'
+        + _numbers(groups, names)
     )
+
+
+def settings(evidence: Evidence, runs: pd.DataFrame) -> str:
+    """Say in words what policy these runs have, where it is not as usual, and where it starts."""
+    spec = evidence.store.get(str(runs["run_id"].iloc[0])).spec
+    assert isinstance(spec, TrainSpec) and spec.policy is not None, "steered runs have a policy"
+    policy: Any = spec.policy
+    own = [
+        f"{f.name} {_short(getattr(policy, f.name))}"
+        for f in dataclasses.fields(policy)
+        if getattr(policy, f.name) != f.default
+    ]
+    prior = spec.mixture
+    start = f"uniform over {len(prior)} domains"
+    if max(prior.values()) - min(prior.values()) > 1e-5:
+        most = sorted(prior, key=lambda domain: -prior[domain])[:2]
+        start = ", ".join(f"{domain} {prior[domain]:.2f}" for domain in most)
+        start += f" and {len(prior) - 2} more" if len(prior) > 2 else ""
+    return f"{policy.name} ({', '.join([*own, f'from {start}'])})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Probe):
+        return f"{value.target} ({value.part})"
+    if isinstance(value, Parent):
+        return f"run {value.spec.run_id}"
+    if isinstance(value, tuple) and value and isinstance(value[0], Probe):
+        return " + ".join(map(_short, value))
+    if isinstance(value, tuple):
+        return f"of {len(value)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def weights_over_time(data: pd.DataFrame, axes: Axes, title: str) -> None:
@@ -80,16 +124,15 @@ def _moved(of: pd.DataFrame) -> str:
     return f"{plots.label(domain)} rises from {first.get(domain, 0.0):.2f} to {final[domain]:.2f}"
 
 
-def _numbers(runs: pd.DataFrame) -> Html:
-    losses = [c for c in runs if str(c).startswith("loss/")]
+def _numbers(groups: list[pd.DataFrame], names: list[str]) -> Html:
     rows = []
-    for policy, of in runs.groupby("policy"):
-        mean = of[losses].mean(axis=1)
+    for of, name in zip(groups, names, strict=True):
+        mean = of[[c for c in of if str(c).startswith("loss/")]].mean(axis=1)
         spread = f" ± {mean.std():.4f}" if len(of) > 1 else ""
         time, work = (of[f"signal_{what}"].sum() / of[what].sum() for what in ("seconds", "flops"))
         rows.append(
             [
-                policy,
+                name,
                 len(of),
                 f"{mean.mean():.4f}{spread}",
                 f"{100 * time:.1f}%",
