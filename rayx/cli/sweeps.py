@@ -57,10 +57,6 @@ def run(
 
     Example: `rayx run experiments/quickstart.py --set proxies=48 --dry-run`
     """
-    from rayx.proxy import set_threads, train_pack
-    from rayx.proxy.merge.candidates import Merges
-    from rayx.sweep import Placement, drop_checkpoints, estimate, run_sweep
-
     module = load_experiment(experiment)
     parameters = set_parameters(module, assignments or [])
     url = store or f"runs/{Path(experiment).stem}"
@@ -71,6 +67,11 @@ def run(
         )
     corpus = module.corpus(parameters)
     specs = module.specs(parameters, corpus)[:limit]
+    # Seconds of imports, after all that can be refused without them.
+    from rayx.proxy import set_threads, train_pack
+    from rayx.proxy.merge.candidates import Merges
+    from rayx.sweep import Placement, drop_checkpoints, estimate, run_sweep
+
     placement = Placement(
         address=address, pack_size=pack_size, cpus=cpus, gpus=gpus, elastic=elastic
     )
