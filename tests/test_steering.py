@@ -142,6 +142,26 @@ def test_process_that_is_killed_loses_no_decision(template, tiny_corpus, store):
     assert same(resumed, whole)
 
 
+def test_state_past_a_checkpoint_that_is_wanted_now_is_not_used(
+    template, tiny_corpus, store, monkeypatch
+):
+    spec = with_policy(template, policies(template)["dga"])
+    monkeypatch.setattr(rayx.proxy.train, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(rayx.proxy.train, "RESUME_SECONDS", 0.0)
+
+    def stop(tokens: int) -> None:
+        if tokens == 9 * spec.batch_tokens:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_pack([spec], tiny_corpus, store=store, on_progress=stop)
+    beats: list[int] = []
+    keep = {spec.run_id: [5]}
+    train_pack([spec], tiny_corpus, store=store, keep=keep, on_progress=beats.append)
+    assert beats[0] == spec.batch_tokens, "it began anew"
+    assert store.exists(Parent(spec, 5).checkpoint)
+
+
 def test_damaged_state_of_a_pack_is_not_used(template, tiny_corpus, store):
     spec = with_policy(template, policies(template)["dga"])
     store.write_bytes(rayx.proxy.train.unfinished([spec]), b"\x00" * 100)

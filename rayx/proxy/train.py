@@ -97,6 +97,16 @@ def train_pack(
         check_policy(each, corpus)
     shape, evaluation = spec.model, spec.evaluation
     resumed = read_unfinished(store, specs) if store else None
+    if store and resumed:
+        # A try that died may not have been asked for the checkpoints that this one is.
+        passed = [
+            Parent(s, step)
+            for s in specs
+            for step in keep.get(s.run_id, ())
+            if step <= resumed.steps
+        ]
+        if not all(store.exists(parent.checkpoint) for parent in passed):
+            resumed = None
     if resumed is None:
         starts = start_states(specs, store)
         groups = [[getattr(s, kind) for s in starts] for kind in ("parameters", "first", "second")]
