@@ -14,17 +14,16 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import rayx
 from rayx.corpus import Corpus
 from rayx.errors import SpecError
 from rayx.proxy.batches import Batches
 from rayx.proxy.checkpoint import State, start_states, write_checkpoint
-from rayx.proxy.distillation import Teachers, distilled_losses
 from rayx.proxy.evaluate import evaluate, held_out
 from rayx.proxy.meter import Meter
-from rayx.proxy.model import Rotary, stacked, token_logits, token_losses
+from rayx.proxy.model import Rotary, stacked
+from rayx.proxy.objective import Objective
 from rayx.proxy.optimizer import PackedAdamW, lr_share
 from rayx.proxy.resume import PackState, RunState, read_unfinished, unfinished, write_unfinished
 from rayx.record import CurvePoint, Failure, Loss, Record
@@ -128,7 +127,7 @@ def train_pack(
     meter.flops_R += [run.signal_flops for run in resumed.runs]
     targets = held_out(corpus, shape.context, evaluation, place)
     rotary = Rotary(shape, place)
-    objective = _Objective(specs, batches.domains, steerings, rotary, store, place)
+    objective = Objective(specs, batches.domains, steerings, rotary, store, place)
     autocast = torch.autocast(
         place.type, torch.bfloat16, enabled=spec.precision is Precision.BFLOAT16
     )
@@ -249,48 +248,6 @@ def _fresh(state: State) -> RunState:
     return RunState(
         drawn=state.drawn, curve=[], decisions=(), failure=None, signal_seconds=0, signal_flops=0
     )
-
-
-class _Objective:
-    """The loss of each run of a pack: of the text, of a teacher, with factors on domains."""
-
-    def __init__(
-        self,
-        specs: Sequence[TrainSpec],
-        domains: Sequence[str],
-        steerings: Sequence[Steering],
-        rotary: Rotary,
-        store: Store | None,
-        device: torch.device,
-    ) -> None:
-        self.shape, self.rotary, self.device = specs[0].model, rotary, device
-        self.domains, self.steerings = domains, steerings
-        self.distillation = specs[0].distillation  # that of all, for packs differ in it
-        self.teachers = Teachers(specs, store, device) if self.distillation else None
-
-    def __call__(
-        self, parameters: dict[str, Tensor], tokens: Tensor, domain_RB: np.ndarray
-    ) -> Tensor:
-        """Return the mean loss of each run, nats per token, shape (R,)."""
-        if self.teachers is None or self.distillation is None:
-            losses = token_losses(parameters, self.shape, self.rotary, tokens)
-        else:
-            inputs, taught = tokens[:, :, :-1], self.distillation.domains or self.domains
-            share_K = np.where(np.isin(self.domains, taught), self.distillation.share, 0.0)
-            losses = distilled_losses(
-                token_logits(parameters, self.shape, self.rotary, inputs),
-                self.teachers.logits(inputs),
-                tokens,
-                torch.from_numpy(share_K[domain_RB]).float().to(self.device),
-                self.distillation.swap,
-            )
-        if any(steering.loss_weights for steering in self.steerings):
-            factor_RK = [
-                [(s.loss_weights or {}).get(d, 1.0) for d in self.domains] for s in self.steerings
-            ]
-            factor_RB = np.take_along_axis(np.array(factor_RK), domain_RB, axis=1)
-            losses = losses * torch.from_numpy(factor_RB).float().to(self.device)[..., None]
-        return losses.mean(dim=(1, 2))
 
 
 def implausible(losses: dict[str, Loss], vocab_size: int) -> str:
