@@ -19,6 +19,9 @@ from rayx.spec import ModelShape
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10_000.0
+LAYER_NAMES = ("attention_norm", "qkv", "attention_out", "ffn_norm", "gate_up", "down")
+
+Product = Callable[[Tensor, Tensor, str], Tensor]  # x, weight, its name -> x times weight
 
 
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -84,6 +87,10 @@ class Rotary:
         return x * self.cos[:length] + swapped * self.sin[:length]
 
 
+def _bmm(x: Tensor, weight: Tensor, name: str) -> Tensor:
+    return torch.bmm(x, weight)
+
+
 def _norm(x: Tensor, gain_RD: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS) * gain_RD[:, None]
 
@@ -103,10 +110,7 @@ def token_losses(
         Cross-entropy in nats, shape (R, B, T), float32.
     """
     logits = token_logits(parameters, shape, rotary, tokens[:, :, :-1])
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 2), tokens[:, :, 1:].flatten(), reduction="none"
-    )
-    return losses.view(logits.shape[:3])
+    return cross_entropies(logits, tokens[:, :, 1:])
 
 
 def token_logits(
@@ -114,7 +118,7 @@ def token_logits(
     shape: ModelShape,
     rotary: Rotary,
     inputs: Tensor,
-    product: Callable[[Tensor, Tensor, str], Tensor] = lambda x, weight, name: torch.bmm(x, weight),
+    product: Product = _bmm,
 ) -> Tensor:
     """Return the next token's logits at each position, shape (R, B, T, V).
 
@@ -126,31 +130,66 @@ def token_logits(
         inputs: Token ids, shape (R, B, T).
         product: Multiplies x, shape (R, B T, in), by the named weight, shape (R, in, out).
     """
-    runs, batch, length = inputs.shape
-    width, head_width = shape.width, shape.width // shape.heads
-
-    embedding = parameters["embedding"]
-    first_rows = torch.arange(runs, device=inputs.device)[:, None, None] * shape.vocab_size
-    x = F.embedding((inputs + first_rows).flatten(), embedding.flatten(0, 1))
-    x = x.view(runs, batch * length, width)
+    x = embed(parameters["embedding"], inputs)
     for layer in range(shape.layers):
-        p = {n: parameters[f"layers.{layer}.{n}"] for n in _LAYER_NAMES}
 
-        def times(x: Tensor, name: str, layer: int = layer, p: dict[str, Tensor] = p) -> Tensor:
-            return product(x, p[name], f"layers.{layer}.{name}")
+        def times(x: Tensor, weight: Tensor, name: str, layer: int = layer) -> Tensor:
+            return product(x, weight, f"layers.{layer}.{name}")
 
-        qkv = times(_norm(x, p["attention_norm"]), "qkv")
-        qkv = qkv.view(runs * batch, length, 3, shape.heads, head_width).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            rotary(qkv[0]), rotary(qkv[1]), qkv[2], is_causal=True
-        )
-        mixed = mixed.transpose(1, 2).reshape(runs, batch * length, width)
-        x = x + times(mixed, "attention_out")
-        gate, up = times(_norm(x, p["ffn_norm"]), "gate_up").chunk(2, dim=-1)
-        x = x + times(F.silu(gate) * up, "down")
-    head = parameters.get("head", embedding)
-    logits = product(_norm(x, parameters["norm"]), head.transpose(1, 2), "head")
-    return logits.view(runs, batch, length, shape.vocab_size)
+        x = block(x, layer_parameters(parameters, layer), shape, rotary, inputs.shape[1], times)
+    head = parameters.get("head", parameters["embedding"])
+    logits = unembed(x, parameters["norm"], head, product)
+    return logits.view(*inputs.shape, shape.vocab_size)
 
 
-_LAYER_NAMES = ("attention_norm", "qkv", "attention_out", "ffn_norm", "gate_up", "down")
+def embed(embedding: Tensor, inputs: Tensor) -> Tensor:
+    """Return the embeddings, shape (R, B T, D), of token ids, shape (R, B, T)."""
+    runs, vocab_size, width = embedding.shape
+    first_rows = torch.arange(runs, device=inputs.device)[:, None, None] * vocab_size
+    x = F.embedding((inputs + first_rows).flatten(), embedding.flatten(0, 1))
+    return x.view(runs, -1, width)
+
+
+def layer_parameters(parameters: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """Return one layer's parameters under the names that `block` knows."""
+    return {name: parameters[f"layers.{layer}.{name}"] for name in LAYER_NAMES}
+
+
+def block(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    shape: ModelShape,
+    rotary: Rotary,
+    batch: int,
+    product: Product = _bmm,
+) -> Tensor:
+    """Return the residual stream, shape (R, B T, D), after one layer.
+
+    Args:
+        x: The residual stream before it.
+        parameters: The layer's own, by LAYER_NAMES, each of shape (R, ...).
+        shape: The model's shape.
+        rotary: Its position tables.
+        batch: Sequences B that x holds.
+        product: As in `token_logits`, with names from LAYER_NAMES.
+    """
+    runs, width, p = x.shape[0], shape.width, parameters
+    heads = (runs * batch, -1, 3, shape.heads, width // shape.heads)
+    qkv = product(_norm(x, p["attention_norm"]), p["qkv"], "qkv")
+    q, k, v = qkv.view(heads).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+    mixed = mixed.transpose(1, 2).reshape(x.shape)
+    x = x + product(mixed, p["attention_out"], "attention_out")
+    gate, up = product(_norm(x, p["ffn_norm"]), p["gate_up"], "gate_up").chunk(2, dim=-1)
+    return x + product(F.silu(gate) * up, p["down"], "down")
+
+
+def unembed(x: Tensor, norm_RD: Tensor, head_RVD: Tensor, product: Product = _bmm) -> Tensor:
+    """Return the logits, shape (R, B T, V), of the last residual stream, shape (R, B T, D)."""
+    return product(_norm(x, norm_RD), head_RVD.transpose(1, 2), "head")
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return nats, shape (R, B, T), float32, of logits (R, B, T, V) for targets (R, B, T)."""
+    losses = F.cross_entropy(logits.float().flatten(0, 2), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)

@@ -6,7 +6,7 @@ Legend: R runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ class PackedAdamW:
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
     Differs: norms are not decayed; each run's gradient is clipped to its own global norm.
+
+    Args:
+        parameters: Name -> tensor of shape (R, ...).
+        first: First moments, of the same shapes.
+        second: Second moments.
+        specs: The R runs.
+        updates: Updates that the moments have seen; None: those before the specs' parents end.
+        reduce: Turns the runs' sums of squares of the gradients held here, shape (R,), into those
+            of the whole gradients, where each of several processes holds a part.
     """
 
     def __init__(
@@ -49,9 +58,11 @@ class PackedAdamW:
         second: dict[str, Tensor],
         specs: Sequence[TrainSpec],
         updates: int | None = None,
+        reduce: Callable[[Tensor], Tensor] = lambda squares_R: squares_R,
     ) -> None:
         self.parameters, self.first, self.second = parameters, first, second
         self.optimizer = specs[0].optimizer  # all but lr and weight_decay agree in a pack
+        self.reduce = reduce
         device = parameters["norm"].device
         self.lr_R = torch.tensor([s.optimizer.lr for s in specs], device=device)
         self.decay_R = torch.tensor([s.optimizer.weight_decay for s in specs], device=device)
@@ -70,7 +81,7 @@ class PackedAdamW:
         self.updates += 1
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         squares = [g.flatten(1).square().sum(1) for g in grads.values()]
-        norm_R = torch.stack(squares).sum(0).sqrt()
+        norm_R = self.reduce(torch.stack(squares).sum(0)).sqrt()
         alive_R = alive_R & norm_R.isfinite()
         scale_R = (o.clip_norm / norm_R).clamp(max=1.0)
         rate_R = self.lr_R * lr_share * alive_R
