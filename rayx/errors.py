@@ -9,6 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What code raises that reads data of another form than it expects: JSON that was edited or crafted.
+UNREADABLE = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,  # JSON nested thousands deep
+)
+
 
 class RayxError(Exception):
     """Anything that rayx refuses or cannot do; the command line prints it and exits with 2."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rayx.errors import SpecError
+from rayx.errors import UNREADABLE, SpecError
 from rayx.merge_operator import Operator
 from rayx.mixture import Mixture
 from rayx.recipe import Evaluation, ModelShape, require
@@ -287,7 +287,7 @@ class MergeSpec:
                 operator=Operator(**data["operator"]),
                 evaluation=Evaluation(**data["evaluation"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise SpecError(
                 f"Spec cannot be read: {error!r}. Expected what MergeSpec.to_json wrote."
             ) from error

@@ -14,7 +14,7 @@ import rayx
 from rayx.branching import make_branch, make_trunk
 from rayx.choose import Choice
 from rayx.corpus import Corpus
-from rayx.errors import SpecError
+from rayx.errors import UNREADABLE, SpecError
 from rayx.mixture import Mixture, Schedule, epochs
 from rayx.spec import TrainSpec
 from rayx.split import SplitChoice
@@ -156,7 +156,7 @@ class Plan:
                 "branches": {n: Schedule.from_json(b) for n, b in fields["branches"].items()},
             }
             return cls(**{**fields, **exact})
-        except (KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise SpecError(f"Plan cannot be read: {error!r}.") from error
 
 

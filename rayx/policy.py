@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from rayx.errors import SpecError
+from rayx.errors import UNREADABLE, SpecError
 from rayx.mixture import Mixture
 from rayx.recipe import ModelShape, is_int, is_number, require
 from rayx.units import forward_flops, train_flops
@@ -302,11 +302,14 @@ def policy_from_json(data: dict[str, Any]) -> Any:
     """
     from rayx.policies import POLICIES  # policies import this module
 
-    fields = dict(data)
-    name = fields.pop("name", None)
-    if name not in POLICIES:
-        raise SpecError(f"Policy is {name!r}; expected one of {', '.join(sorted(POLICIES))}.")
-    return POLICIES[name](**{key: _read(value) for key, value in fields.items()})
+    name = data.get("name") if isinstance(data, dict) else data
+    if not isinstance(name, str) or name not in POLICIES:
+        raise SpecError(f"Policy is {name!r:.60}; expected one of {', '.join(sorted(POLICIES))}.")
+    try:
+        json.dumps(data, allow_nan=False)  # no infinity
+        return POLICIES[name](**{key: _read(data[key]) for key in data if key != "name"})
+    except UNREADABLE as error:
+        raise SpecError(f"Policy {name!r} cannot be read: {error!r}.") from error
 
 
 def _plain(value: Any) -> Any:
@@ -320,10 +323,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise SpecError(
-        f"A policy has the value {value!r}; expected a number, a text, a Mixture, a Probe, a "
-        "Parent, or a tuple of these."
-    )
+    expected = "a number, a text, a Mixture, a Probe, a Parent, or a tuple of these"
+    raise SpecError(f"A policy has the value {value!r}; expected {expected}.")
 
 
 def _read(value: Any) -> Any:

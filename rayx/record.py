@@ -7,14 +7,19 @@ that the run is done. A failure is a record too.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from rayx.errors import SpecError
+from rayx.errors import UNREADABLE, SpecError
 from rayx.merging import Spec, spec_from_json
 from rayx.mixture import Mixture
 from rayx.policy import Decision
+from rayx.recipe import is_int, is_number, require
 from rayx.spec import FORMAT, TrainSpec
+
+NUMBERS = ("flops", "seconds", "signal_seconds", "signal_flops")
+TEXTS = ("pack_id", "device", "commit", "started", "finished")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,41 @@ class Record:
             )
             fields["failure"] = Failure(**fields["failure"]) if fields["failure"] else None
             fields["decisions"] = tuple(Decision(**d) for d in fields.get("decisions", ()))
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+            record = cls(**fields)
+            _check(record)
+            return record
+        except UNREADABLE as error:
             raise SpecError(f"Record cannot be read: {error!r}.") from error
+
+
+def _check(record: Record) -> None:
+    """Refuse values of wrong types: a file may have been edited, and one row must not cost all."""
+    columns = record.spec.columns()
+    counts = [(name, value) for name, value in columns.items() if is_int(value)]
+    counts += [("tokens", record.tokens), ("pack_runs", record.pack_runs)]
+    numbers = [(n, getattr(record, n)) for n in NUMBERS] + list(record.epochs.items())
+    texts = [(n, getattr(record, n)) for n in TEXTS] + list(record.versions.items())
+    texts += [(name, value) for name, value in columns.items() if isinstance(value, str)]
+    if record.failure:
+        texts += dataclasses.asdict(record.failure).items()
+    for point in record.curve:
+        counts += [("step", point.step), ("tokens", point.tokens)]
+        for target, loss in point.losses.items():
+            numbers += ((target, loss.nats), (target, loss.bpb), (target, loss.stderr_bpb))
+    for decision in record.decisions:
+        counts.append(("step", decision.step))
+        json.dumps([decision.signal, decision.loss_weights], allow_nan=False)
+    for name, value in counts:
+        ok = is_int(value) and 0 <= value < 2**63
+        require(ok, f"Record, {name}", value, "an integer in [0, 2^63)")
+    for name, value in numbers:
+        ok = is_number(value) and (isinstance(value, float) or abs(value) < 2**63)
+        require(ok, f"Record, {name}", value, "a finite number")
+    for name, value in texts:
+        require(isinstance(value, str), f"Record, {name}", value, "a text")
+    names = (name for pairs in (numbers, texts, columns.items()) for name, _ in pairs)
+    "".join((*names, *(value for _, value in texts))).encode()  # lone surrogates raise
+    if record.decisions:
+        trained = isinstance(record.spec, TrainSpec)
+        require(trained, "Record, decisions", "there", "none of a merged candidate")
+        assert record.mixture, "or it raises"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rayx.distillation import Distillation
-from rayx.errors import SpecError
+from rayx.errors import UNREADABLE, SpecError
 from rayx.mixture import Mixture, Schedule
 from rayx.policy import Policy, policy_from_json, policy_id, policy_parents, policy_to_json
 from rayx.recipe import (
@@ -341,7 +341,7 @@ class TrainSpec:
                 precision=Precision(data["precision"]),
                 **optional,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise SpecError(
                 f"Spec cannot be read: {error!r}. Expected what TrainSpec.to_json wrote."
             ) from error
