@@ -14,6 +14,7 @@ from rayx.record import CurvePoint, Failure, Loss, Record
 from tests.samples import SPEC, record, train_spec, two_phases
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.integers(0, 2**63 - 1)  # what a column of a table can hold
 losses = st.dictionaries(
     st.text(min_size=1, max_size=5), st.builds(Loss, numbers, numbers, numbers)
 )
@@ -21,7 +22,7 @@ records = st.builds(
     lambda curve, seconds, text, failure: dataclasses.replace(
         record(), curve=tuple(curve), seconds=seconds, device=text, failure=failure
     ),
-    st.lists(st.builds(CurvePoint, st.integers(0), st.integers(0), losses), max_size=4),
+    st.lists(st.builds(CurvePoint, counts, counts, losses), max_size=4),
     numbers,
     st.text(),
     st.none() | st.builds(Failure, type=st.text(), message=st.text(), traceback=st.text()),
