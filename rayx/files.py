@@ -88,12 +88,16 @@ class Files:
         """Delete a file."""
         self.filesystem.delete_file(self._path(name))
 
-    def names(self, folder: str) -> list[str]:
-        """Return the stems of the JSON files in a folder, sorted."""
-        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
+    def names(self, folder: str, suffix: str = ".json") -> list[str]:
+        """Return the stems of the files in a folder that end in `suffix`, sorted."""
+        path = self._path(folder)
         try:
-            infos = self.filesystem.get_file_info(selector)
-        except FileNotFoundError:  # pyarrow: the folder was made while it was looked for
+            if isinstance(self.filesystem, fs.LocalFileSystem):  # which would stat each file
+                with os.scandir(path) as entries:
+                    files = [entry.name for entry in entries if entry.is_file()]
+            else:
+                infos = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+                files = [info.base_name for info in infos if info.is_file]
+        except FileNotFoundError:  # pyarrow too: the folder was made while it was looked for
             return []
-        files = (info.base_name for info in infos if info.is_file)
-        return sorted(n[: -len(".json")] for n in files if n.endswith(".json") and n[0] != ".")
+        return sorted(n[: -len(suffix)] for n in files if n.endswith(suffix) and n[0] != ".")
