@@ -151,6 +151,18 @@ class Optimizer:
         require(self.eps > 0, "Optimizer.eps", self.eps, "> 0")
         require(self.clip_norm > 0, "Optimizer.clip_norm", self.clip_norm, "> 0")
 
+    def worker_sequences(self, workers: int) -> int:
+        """Return how many sequences of a batch each of `workers` processes trains on.
+
+        Raises:
+            SpecError: The batch cannot be divided evenly.
+        """
+        batch = self.batch_sequences
+        fitting = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        require(batch % workers == 0, "The number of workers", workers,
+                f"one that divides the {batch} sequences of a batch: {fitting}")  # fmt: skip
+        return batch // workers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:

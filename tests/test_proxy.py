@@ -196,7 +196,7 @@ def test_a_run_that_diverges_is_recorded_and_leaves_its_pack_unharmed(template, 
 
 
 def test_nan_in_one_run_is_named_with_its_step(template, tiny_corpus, monkeypatch):
-    import rayx.proxy.objective as loop
+    import rayx.proxy.distributed as loop
 
     plain, calls = token_losses, []
 

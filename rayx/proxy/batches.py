@@ -26,6 +26,7 @@ class Batches:
         specs: The runs.
         drawn: For each, domain -> sequences that it has read before.
         steps_before: Steps of their path before the first that is asked for.
+        rows: The sequences of a batch that are read here.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Batches:
         specs: Sequence[TrainSpec],
         drawn: Sequence[Mapping[str, int]],
         steps_before: int,
+        rows: slice = slice(None),
     ) -> None:
+        self.rows = rows
         self.context = specs[0].model.context
         # Ancestors' domains stay, so that a branch that reads them again goes on where they were.
         wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
@@ -64,6 +67,7 @@ class Batches:
         rows, domains = [], []
         for sampler, steering in zip(self.samplers, steerings, strict=True):
             domain_B, sequence_B = sampler.step(self.steps_before + step, steering.mixture(step))
+            domain_B, sequence_B = domain_B[self.rows], sequence_B[self.rows]
             batch = np.empty((len(domain_B), self.context + 1), dtype=np.int64)
             for k in np.unique(domain_B):
                 at = domain_B == k

@@ -15,7 +15,7 @@ from torch import Tensor
 from rayx.corpus import Corpus
 from rayx.corpus.places import heldout_places
 from rayx.corpus.sampler import take
-from rayx.proxy.model import Rotary, token_losses
+from rayx.proxy.model import Rotary, TokenLosses, token_losses
 from rayx.record import Loss
 from rayx.spec import Evaluation, ModelShape
 from rayx.units import bits_per_byte
@@ -56,13 +56,14 @@ def evaluate(
     rotary: Rotary,
     targets: Mapping[str, HeldOut],
     batch_sequences: int,
+    losses: TokenLosses = token_losses,
 ) -> list[dict[str, Loss]]:
     """Return for each of the R runs target -> loss, with the standard error over sequences."""
     runs = parameters["embedding"].shape[0]
     results: list[dict[str, Loss]] = [{} for _ in range(runs)]
     for target, data in targets.items():
         parts = [
-            token_losses(parameters, shape, rotary, chunk.expand(runs, -1, -1)).mean(dim=2)
+            losses(parameters, shape, rotary, chunk.expand(runs, -1, -1)).mean(dim=2)
             for chunk in data.tokens.split(batch_sequences)
         ]
         loss_RS = torch.cat(parts, dim=1).double().cpu().numpy()

@@ -95,6 +95,10 @@ def _norm(x: Tensor, gain_RD: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS) * gain_RD[:, None]
 
 
+# `token_losses`, or the same of a model that is spread over processes.
+TokenLosses = Callable[[Mapping[str, Tensor], ModelShape, Rotary, Tensor], Tensor]
+
+
 def token_losses(
     parameters: Mapping[str, Tensor], shape: ModelShape, rotary: Rotary, tokens: Tensor
 ) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayx.proxy.distillation import Teachers, distilled_losses
-from rayx.proxy.model import Rotary, token_logits, token_losses
+from rayx.proxy.model import Rotary, TokenLosses, token_logits, token_losses
 from rayx.spec import TrainSpec
 from rayx.steering import Steering
 from rayx.store import Store
@@ -29,7 +29,9 @@ class Objective:
         rotary: Rotary,
         store: Store | None,
         device: torch.device,
+        losses: TokenLosses = token_losses,
     ) -> None:
+        self.losses = losses
         self.shape, self.rotary, self.device = specs[0].model, rotary, device
         self.domains, self.steerings = domains, steerings
         self.distillation = specs[0].distillation  # that of all, for packs differ in it
@@ -40,7 +42,7 @@ class Objective:
     ) -> Tensor:
         """Return the mean loss of each run, nats per token, shape (R,)."""
         if self.teachers is None or self.distillation is None:
-            losses = token_losses(parameters, self.shape, self.rotary, tokens)
+            losses = self.losses(parameters, self.shape, self.rotary, tokens)
         else:
             inputs, taught = tokens[:, :, :-1], self.distillation.domains or self.domains
             share_K = np.where(np.isin(self.domains, taught), self.distillation.share, 0.0)

@@ -17,9 +17,10 @@ import torch
 
 import rayx
 from rayx.corpus import Corpus
-from rayx.errors import SpecError
+from rayx.errors import SpecError, StoreError
 from rayx.proxy.batches import Batches
 from rayx.proxy.checkpoint import State, start_states, write_checkpoint
+from rayx.proxy.distributed import processes
 from rayx.proxy.evaluate import evaluate, held_out
 from rayx.proxy.meter import Meter
 from rayx.proxy.model import Rotary, stacked
@@ -63,11 +64,16 @@ def train_pack(
     on_progress: Callable[[int], None] = lambda tokens: None,
     store: Store | None = None,
     keep: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    shard: bool = False,
+    state_seconds: float | None = None,
 ) -> list[Record]:
     """Train runs of one pack_key together and return their records, in the order of `specs`.
 
     A run whose loss or gradient stops being finite, or whose held-out loss rises above 1.5 times
     the untrained one, gets a failure record; the others of the pack go on unharmed.
+
+    Where torch.distributed is initialised, all its processes call this with one spec and train it
+    together; the first one writes, all return the record.
 
     Args:
         specs: The runs; equal in everything but mixture, learning rate, weight decay and seeds.
@@ -78,11 +84,16 @@ def train_pack(
         on_progress: Called every two seconds with the tokens done by each run.
         store: Where checkpoints of parents are, and where those of `keep` go.
         keep: run_id -> steps after which a checkpoint is written, for the branches to come.
+        shard: Spread parameters, gradients and moments over the processes (FSDP2).
+        state_seconds: Between the states from which a run that died goes on; None: 120.
 
     Raises:
-        SpecError: The specs cannot share a pack or do not fit the corpus.
+        SpecError: The specs cannot share a pack, do not fit the corpus or cannot be divided among
+            the processes.
         StoreError: The checkpoint of a parent is missing or damaged.
     """
+    if state_seconds is None:
+        state_seconds = RESUME_SECONDS
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     spec, place = specs[0], torch.device(device)
     if len({s.pack_key for s in specs}) > 1:
@@ -115,19 +126,21 @@ def train_pack(
     parameters, first, second = (
         {n: t.to(place) for n, t in group.items()} for group in resumed.tensors
     )
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    optimizer = PackedAdamW(parameters, first, second, specs)
+    rotary = Rotary(shape, place)
+    team = processes((parameters, first, second), specs, rotary, shard)
+    if not team.same(resumed.steps):
+        raise StoreError(f"Workers found different states of run {spec.run_id}; run it again.")
+    parameters, first, second = team.groups
+    optimizer = PackedAdamW(parameters, first, second, specs, reduce=team.total)
     optimizer.updates += resumed.steps
     steerings = [Steering(s, r.decisions) for s, r in zip(specs, resumed.runs, strict=True)]
     path_steps = spec.parent.path_steps if spec.parent else 0
-    batches = Batches(corpus, specs, [run.drawn for run in resumed.runs], path_steps)
+    batches = Batches(corpus, specs, [run.drawn for run in resumed.runs], path_steps, team.rows)
     meter = Meter(corpus, specs, steerings, optimizer, store, place)
     meter.seconds_R += [run.signal_seconds for run in resumed.runs]
     meter.flops_R += [run.signal_flops for run in resumed.runs]
     targets = held_out(corpus, shape.context, evaluation, place)
-    rotary = Rotary(shape, place)
-    objective = Objective(specs, batches.domains, steerings, rotary, store, place)
+    objective = Objective(specs, batches.domains, steerings, rotary, store, place, team.losses)
     autocast = torch.autocast(
         place.type, torch.bfloat16, enabled=spec.precision is Precision.BFLOAT16
     )
@@ -176,9 +189,13 @@ def train_pack(
         with autocast:
             loss_R = objective(parameters, tokens.to(place, non_blocking=True), domain_RB)
         loss_R.sum().backward()
+        team.collect()
         norm_R = optimizer.step(share, alive_R)
         # Asking a GPU for values waits for it, so there it is done now and then.
-        if place.type == "cpu" or step % 50 == 0 or step + 1 in eval_steps:
+        looked, due = place.type == "cpu" or step % 50 == 0 or step + 1 in eval_steps, False
+        if looked:
+            late = time.perf_counter() - last_state > state_seconds
+            loss_R, due = team.agree(loss_R, late)
             broken = ~(loss_R.isfinite() & norm_R.isfinite())
             for run in broken.nonzero().flatten().tolist():
                 fail(run, step + 1, f"loss is {loss_R[run]:.4g}, gradient norm {norm_R[run]:.4g}")
@@ -186,9 +203,8 @@ def train_pack(
                 break
         if step + 1 in eval_steps:
             with autocast:
-                losses = evaluate(
-                    parameters, shape, rotary, targets, spec.optimizer.batch_sequences
-                )
+                batch = spec.optimizer.batch_sequences
+                losses = evaluate(parameters, shape, rotary, targets, batch, team.losses)
             for run, by_target in enumerate(losses):
                 if wrong := implausible(by_target, shape.vocab_size):
                     fail(run, step + 1, wrong)
@@ -198,30 +214,31 @@ def train_pack(
                     )
         for run, s in enumerate(specs):
             if step + 1 in keep.get(s.run_id, ()) and failures[run] is None and store is not None:
-                state = State(
-                    *({n: t[run] for n, t in tensors.items()} for tensors in optimizer.tensors),
-                    drawn=batches.samplers[run].drawn(),
-                )
-                write_checkpoint(store, Parent(s, step + 1), state)
+                groups = [{n: t[run] for n, t in group.items()} for group in team.whole()]
+                if team.rank == 0:
+                    state = State(*groups, drawn=batches.samplers[run].drawn())
+                    write_checkpoint(store, Parent(s, step + 1), state)
         now = time.perf_counter()
-        if now - last_beat > BEAT_SECONDS:
+        if team.rank == 0 and now - last_beat > BEAT_SECONDS:
             last_beat = now
             on_progress((step + 1) * spec.batch_tokens)
-        if store is not None and now - last_state > RESUME_SECONDS and step + 1 < spec.steps:
+        if store is not None and due and step + 1 < spec.steps:
             last_state = now
             state = PackState(
                 steps=step + 1,
                 seconds=resumed.seconds + now - clock,
-                tensors=optimizer.tensors,
+                tensors=team.whole(),
                 runs=run_states(),
             )
-            write_unfinished(store, specs, state)
+            if team.rank == 0:
+                write_unfinished(store, specs, state)
 
     seconds = (resumed.seconds + time.perf_counter() - clock) / len(specs)
     finished = datetime.now(timezone.utc)
     facts = {"versions": versions(), "device": device_name(place), "commit": commit}
-    if store is not None and store.exists(unfinished(specs)):
+    if store is not None and team.rank == 0 and store.exists(unfinished(specs)):
         store.remove(unfinished(specs))
+    team.wait()  # what the first process wrote is there for all
     return [
         Record(
             spec=s,
