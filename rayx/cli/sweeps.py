@@ -52,6 +52,10 @@ def run(
         bool,
         typer.Option("--keep-checkpoints", help="Keep trunks and experts, e.g. for `rayx merge`."),
     ] = False,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Show runs in tensorboard, mlflow or wandb; may be given twice."),
+    ] = None,
 ) -> None:
     """Run an experiment's sweep: what has no record yet, then its analysis.
 
@@ -110,6 +114,7 @@ def run(
                 retry_failed=retry_failed,
                 propose=propose,
                 keep_checkpoints=True,
+                log_to=log_to or (),
             )
         )
         asked.extend(more)

@@ -22,6 +22,7 @@ from rayx.progress import duration, progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.steering import check_policy
 from rayx.store import Store
+from rayx.sweep.loggers import RunLoggers
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
 from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
 from rayx.sweep.watcher import Watcher
@@ -99,6 +100,7 @@ def run_sweep(
     retry_failed: bool = False,
     propose: Callable[[], Sequence[Spec]] = lambda: (),
     keep_checkpoints: bool = False,
+    log_to: Sequence[str] = (),
 ) -> dict[str, str]:
     """Train, or merge and evaluate, the specs that have no record yet.
 
@@ -121,6 +123,7 @@ def run_sweep(
             next round, or none to end. A function of the records and a seed gives the same rounds
             however often the sweep is interrupted.
         keep_checkpoints: Leave them for `drop_checkpoints`; trunks are then not trained again.
+        log_to: Experiment trackers that each run is shown to, see `rayx.sweep.loggers`.
 
     Returns:
         run_id -> `ok` or `failed` for every spec, those proposed included.
@@ -138,9 +141,13 @@ def run_sweep(
                 return packs
         return []
 
-    packs = sweep.add(specs, retry_failed) or next_round()
-    if packs:
-        _work(sweep, packs, train_pack, next_round)
+    loggers = RunLoggers(log_to, store)
+    try:
+        packs = sweep.add(specs, retry_failed) or next_round()
+        if packs:
+            _work(sweep, packs, train_pack, next_round, loggers)
+    finally:
+        loggers.close(sweep.asked)
     status = store.status()
     lost = [run_id for run_id in sweep.asked if run_id not in status]
     if lost:
@@ -225,7 +232,11 @@ class _Sweep:
 
 
 def _work(
-    sweep: _Sweep, packs: list[Pack], train_pack: TrainPack, more: Callable[[], list[Pack]]
+    sweep: _Sweep,
+    packs: list[Pack],
+    train_pack: TrainPack,
+    more: Callable[[], list[Pack]],
+    loggers: RunLoggers,
 ) -> None:
     store, placement = sweep.store, sweep.placement
     connect(placement)
@@ -256,6 +267,7 @@ def _work(
                     storage_path=scratch,
                     name="sweep",
                     verbose=0,
+                    callbacks=[loggers],
                     failure_config=tune.FailureConfig(max_failures=TRIES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
