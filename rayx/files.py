@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from rayx.errors import StoreError
 
+MOST_JSON_BYTES = 256_000_000  # the specs of 100,000 runs take a quarter of it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -67,10 +68,12 @@ class Files:
                 f"Cannot write {name} to store {self.url!r}: {error}. Check permission and space."
             ) from error
 
-    def read_bytes(self, name: str) -> bytes:
-        """Return a file's content; FileNotFoundError where there is none."""
-        with self.filesystem.open_input_stream(self._path(name)) as stream:
-            return stream.read()
+    def read_bytes(self, name: str, most_bytes: int | None = None) -> bytes:
+        """Return a file's content; FileNotFoundError where there is none, ValueError if too long."""
+        with self.filesystem.open_input_file(self._path(name)) as file:
+            if most_bytes is not None and file.size() > most_bytes:
+                raise ValueError(f"it has {file.size():,} bytes, expected at most {most_bytes:,}")
+            return file.read()
 
     def write_json(self, name: str, data: Any) -> None:
         """Write JSON atomically; NaN is refused."""
@@ -78,7 +81,10 @@ class Files:
 
     def read_json(self, name: str) -> Any:
         """Return parsed JSON; FileNotFoundError or ValueError where it is missing or broken."""
-        return json.loads(self.read_bytes(name))
+        try:
+            return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
+        except RecursionError:
+            raise ValueError("JSON nested too deep") from None
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
