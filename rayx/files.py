@@ -69,7 +69,7 @@ class Files:
             ) from error
 
     def read_bytes(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return a file's content; FileNotFoundError where there is none, ValueError if too long."""
+        """Return the content; FileNotFoundError where there is none, ValueError where too long."""
         with self.filesystem.open_input_file(self._path(name)) as file:
             if most_bytes is not None and file.size() > most_bytes:
                 raise ValueError(f"it has {file.size():,} bytes, expected at most {most_bytes:,}")
