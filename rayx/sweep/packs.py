@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ class Pack:
         runs: run_id -> steps after which to keep a checkpoint; of those with something to do, not
             of those that are on record already.
         needs: Checkpoints that must be in the store before it starts.
+        alone: Its runs are done one by one, since as one batch they died.
     """
 
     pack_id: str
     specs: tuple[Spec, ...]
     runs: Mapping[str, Sequence[int]]
     needs: tuple[str, ...]
+    alone: bool = False
 
 
 def form_packs(specs: Sequence[Spec], pack_size: int) -> dict[str, list[Spec]]:
@@ -127,6 +130,8 @@ class PackSearcher(Searcher):
         packs: The packs in the order in which to do them.
         exists: Whether the store has a checkpoint.
         more: Called when all packs have ended; returns the packs of the next round, or none.
+        room: Returns how many trials may be in hand, running or waiting for a node.
+        died: Called with a pack whose try died, and why; returns what of it to try again, or None.
     """
 
     def __init__(
@@ -134,18 +139,24 @@ class PackSearcher(Searcher):
         packs: Sequence[Pack],
         exists: Callable[[str], bool] = lambda checkpoint: True,
         more: Callable[[], Sequence[Pack]] = lambda: (),
+        room: Callable[[], int] = lambda: sys.maxsize,
+        died: Callable[[Pack, str], Pack | None] = lambda pack, why: None,
     ) -> None:
         super().__init__(metric="runs", mode="max")
         self._waiting = list(packs)
         self._exists = exists
         self._more = more
+        self._room = room
+        self._died = died
         self._seen: set[str] = set()  # checkpoints that were there once
-        self._running: set[str] = set()  # trials
+        self._running: dict[str, Pack] = {}  # by trial
 
     def suggest(  # pyright: ignore[reportIncompatibleMethodOverride]: Tune takes FINISHED, a str
         self, trial_id: str
     ) -> dict[str, Any] | str | None:
-        """Return the next pack; None while running trials may still make one ready; or FINISHED."""
+        """Return the next pack; None while none is ready or there is no room; or FINISHED."""
+        if self._running and len(self._running) >= self._room():
+            return None
         if not self._waiting and not self._running:
             self._waiting = list(self._more())
             if not self._waiting:
@@ -156,8 +167,9 @@ class PackSearcher(Searcher):
         if ready is None:
             return None
         self._waiting.remove(ready)
-        self._running.add(trial_id)
-        return {"pack": ready.pack_id, "runs": {run: list(s) for run, s in ready.runs.items()}}
+        self._running[trial_id] = ready
+        runs = {run: list(steps) for run, steps in ready.runs.items()}
+        return {"pack": ready.pack_id, "runs": runs, "alone": ready.alone}
 
     def _ready(self, pack: Pack) -> bool:
         for checkpoint in pack.needs:
@@ -170,8 +182,16 @@ class PackSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Forget the trial. Tune may call this twice for one."""
-        self._running.discard(trial_id)
+        """Forget a trial that got through. Tune may call this twice for one."""
+        if not error:
+            self._running.pop(trial_id, None)
+
+    def on_trial_death(self, trial_id: str, why: str) -> None:
+        """Take back the pack of a trial that died: it comes first, with a trial of its own."""
+        pack = self._running.pop(trial_id, None)
+        left = self._died(pack, why) if pack else None
+        if left:
+            self._waiting.insert(0, left)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec):
         """Accept Tune's search space, which is empty here."""

@@ -22,14 +22,14 @@ from rayx.progress import duration, progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.steering import check_policy
 from rayx.store import Store
+from rayx.sweep.cluster import MAX_AHEAD, Room, connect, needs
 from rayx.sweep.loggers import RunLoggers
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
 from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
+from rayx.sweep.tries import Attention, Tries
 from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
-
-TRIES = 3  # of a pack whose process dies, beyond the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def run_sweep(
 
     Raises:
         SpecError: A spec cannot be trained; nothing was started.
-        SweepError: The cluster cannot hold a trial, or packs died again and again.
+        SweepError: The cluster can never hold a trial, or the sweep was interrupted.
     """
     sweep = _Sweep(corpus, store, placement or Placement(), max_epochs, merges)
 
@@ -153,8 +153,7 @@ def run_sweep(
     if lost:
         raise SweepError(
             f"{len(lost)} of {len(sweep.asked)} runs have no record (first: {lost[0]}): the sweep "
-            f"was interrupted, or their processes died {TRIES + 1} times each (see Ray's logs; out "
-            "of memory is the usual cause, then a smaller pack_size helps). Run again to go on."
+            "was interrupted. Run again to go on."
         )
     if not keep_checkpoints:
         drop_checkpoints(list(sweep.asked.values()), store)
@@ -254,12 +253,18 @@ def _work(
     # Results are read from our store alone, so Tune's own files are thrown away.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(MAX_AHEAD)  # the searcher asks for fewer
+    # Ours says what is missing, also where an autoscaler may bring it.
+    os.environ["TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S"] = "1e9"
+    os.environ["TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER"] = "1e9"
+    tries = Tries(store, surroundings.commit)
+    searcher = PackSearcher(packs, store.exists, more, Room(placement), tries.died)
     try:
         with tempfile.TemporaryDirectory(prefix="rayx-tune-") as scratch:
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
-                    search_alg=PackSearcher(packs, store.exists, more),
+                    search_alg=searcher,
                     num_samples=-1,
                     reuse_actors=True,
                 ),
@@ -267,8 +272,7 @@ def _work(
                     storage_path=scratch,
                     name="sweep",
                     verbose=0,
-                    callbacks=[loggers],
-                    failure_config=tune.FailureConfig(max_failures=TRIES),
+                    callbacks=[loggers, Attention(searcher, needs(placement))],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             ).fit()
@@ -278,37 +282,6 @@ def _work(
         store.compact()
         state = progress(store, sweep.sweep_id)
         log.info("%s in %s", progress_line(state), duration(state["seconds"]))
-
-
-def connect(placement: Placement) -> None:
-    """Connect to Ray, or start one that lives as long as this process.
-
-    Raises:
-        SweepError: The cluster cannot be reached, or no node can hold a trial.
-    """
-    if not ray.is_initialized():
-        address = placement.address or os.environ.get("RAY_ADDRESS")
-        try:
-            if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                # No worker group starts in local mode, so nothing polls the dashboard.
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"Cannot connect to Ray at {address!r}: {error}. Check the address, and that "
-                "RAY_AUTH_MODE=token is set where the cluster asks for a token."
-            ) from error
-    wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not placement.elastic and not any(
-        all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes
-    ):
-        offers = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-        raise SweepError(
-            f"A trial needs {placement.cpus:g} CPU and {placement.gpus:g} GPU on one node; the "
-            f"nodes offer {offers}. Ask for less, or use --elastic where an autoscaler brings more."
-        )
 
 
 def git_commit() -> str:

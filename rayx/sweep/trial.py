@@ -110,6 +110,7 @@ class PackTrial(tune.Trainable):
         self.surroundings = surroundings
         self.store = open_store(surroundings.store_url)
         self.corpus: Corpus | None = None
+        self.node = ray.get_runtime_context().get_node_id()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next pack in the same process."""
@@ -118,9 +119,9 @@ class PackTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Do one pack to the end.
 
-        Only the death of the process is left to Tune's failure handling, which starts the pack
-        again; an exception in a run becomes its failure record, so that it burns no retry and
-        takes no other run with it.
+        An exception in a run becomes its failure record, so that it burns no try and takes no
+        other run with it. The death of the process, or an exception elsewhere, is left to `Tries`,
+        which knows from the heartbeat what was in progress and where.
         """
         pack_id, self.keep = self.config["pack"], self.config["runs"]
         specs = [
@@ -131,14 +132,15 @@ class PackTrial(tune.Trainable):
         merged = [spec for spec in specs if isinstance(spec, MergeSpec)]
         trained = [spec for spec in specs if isinstance(spec, TrainSpec)]
         if merged:
-            self._evaluate_all(pack_id, merged)
+            for group in [[spec] for spec in merged] if self.config["alone"] else [merged]:
+                self._evaluate_all(pack_id, group)
         if trained:
             trainer = TorchTrainer(
                 lambda: self._train_all(pack_id, trained),
                 scaling_config=train.ScalingConfig(num_workers=0),
             )
             trainer.fit()
-        if self.store.exists(f"heartbeats/{pack_id}.json"):
+        with contextlib.suppress(FileNotFoundError):
             self.store.remove(f"heartbeats/{pack_id}.json")
         return {"runs": len(specs), "done": True}
 
@@ -150,15 +152,17 @@ class PackTrial(tune.Trainable):
         return all(map(self.store.exists, (f"records/{spec.run_id}.json", *wanted)))
 
     def _train_all(self, pack_id: str, specs: list[TrainSpec]) -> None:
-        if ray.get_gpu_ids():
-            self._train(pack_id, specs, "cuda")
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        if device == "cuda" and not self.config["alone"]:
+            self._train(pack_id, specs, device)
         else:
             # On a CPU a batch of 2, 4, 8 runs went at 1.0, 0.97, 0.75 times the speed of the same
             # runs in turn (width 64, one core), and in turn each is on record as soon as it ends.
             for spec in specs:
-                self._train(pack_id, [spec], "cpu")
+                self._train(pack_id, [spec], device)
 
     def _train(self, pack_id: str, specs: list[TrainSpec], device: str) -> None:
+        self._beat(pack_id, specs, 0)
         try:
             records = self.surroundings.train_pack(
                 specs,
@@ -176,7 +180,8 @@ class PackTrial(tune.Trainable):
                 for spec in specs:
                     self._train(pack_id, [spec], device)
                 return
-            records = [failed_record(specs[0], error, pack_id, self.surroundings.commit)]
+            failure = failure_of(error)
+            records = [failed_record(specs[0], failure, pack_id, self.surroundings.commit)]
         for record in records:
             # A parent that was trained again for its checkpoint keeps the record that it has.
             if not self.store.exists(f"records/{record.run_id}.json"):
@@ -184,7 +189,8 @@ class PackTrial(tune.Trainable):
 
     def _evaluate_all(self, pack_id: str, specs: Sequence[MergeSpec]) -> None:
         ended: set[str] = set()
-        beaten = 0.0
+        self._beat(pack_id, specs, 0)
+        beaten = time.monotonic()
         try:
             merges = self.surroundings.merges
             assert merges is not None, "run_sweep refuses merged candidates without it"
@@ -208,7 +214,8 @@ class PackTrial(tune.Trainable):
                 for spec in left:
                     self._evaluate_all(pack_id, [spec])
                 return
-            self.store.put(failed_record(left[0], error, pack_id, self.surroundings.commit))
+            failure = failure_of(error)
+            self.store.put(failed_record(left[0], failure, pack_id, self.surroundings.commit))
 
     def _experts(self, merges: Merges, specs: Sequence[MergeSpec]) -> Any:
         """Return the pack's experts from this node's object store, or else from the store."""
@@ -228,11 +235,22 @@ class PackTrial(tune.Trainable):
         # A heartbeat that cannot be written must not cost the pack; its records will be.
         run_ids = [spec.run_id for spec in specs]
         with contextlib.suppress(StoreError):
-            self.store.beat(f"heartbeats/{pack_id}", runs=run_ids, tokens_per_run=tokens)
+            self.store.beat(
+                f"heartbeats/{pack_id}", runs=run_ids, tokens_per_run=tokens, node=self.node
+            )
 
 
-def failed_record(spec: Spec, error: Exception, pack_id: str, commit: str) -> Record:
-    """Return the record of a run that raised."""
+def failure_of(error: Exception) -> Failure:
+    """Return what a run's exception says."""
+    return Failure(
+        type=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def failed_record(spec: Spec, failure: Failure, pack_id: str, commit: str) -> Record:
+    """Return the record of a run that raised, or that was given up."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Record(
         spec=spec,
@@ -248,9 +266,5 @@ def failed_record(spec: Spec, error: Exception, pack_id: str, commit: str) -> Re
         commit=commit,
         started=now,
         finished=now,
-        failure=Failure(
-            type=type(error).__name__,
-            message=str(error) or type(error).__name__,
-            traceback="".join(traceback.format_exception(error)),
-        ),
+        failure=failure,
     )
