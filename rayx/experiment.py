@@ -11,6 +11,8 @@ An experiment is a file with
                               returns a Conclusion, or None
     follow_up(p, corpus)      optional: specs as costly as those that analyse will ask for,
                               so that --dry-run can count them
+    final(p, corpus)          for `rayx train`: a TrainSpec with the model, optimizer, evaluation
+                              and seeds of the final run; its schedule is the plan's
 """
 
 from __future__ import annotations
@@ -47,11 +49,17 @@ class Conclusion:
     files: dict[str, str]
 
 
-def load_experiment(path: str | Path) -> ModuleType:
+def load_experiment(
+    path: str | Path, needed: Sequence[str] = ("Parameters", "corpus", "specs")
+) -> ModuleType:
     """Import an experiment file.
 
+    Args:
+        path: Where it is.
+        needed: What it must have.
+
     Raises:
-        SpecError: It is missing, does not import, or lacks Parameters, corpus or specs.
+        SpecError: It is missing, does not import, or lacks what is needed.
     """
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
@@ -67,11 +75,12 @@ def load_experiment(path: str | Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
         raise SpecError(f"Experiment {file} does not import: {error!r}.") from error
-    for needed in ("Parameters", "corpus", "specs"):
-        if not hasattr(module, needed):
+    for name in needed:
+        if not hasattr(module, name):
+            functions = ["corpus(p)", *(f"{n}(p, corpus)" for n in needed[2:])]
             raise SpecError(
-                f"Experiment {file} has no {needed}; expected a dataclass Parameters and functions "
-                "corpus(p) and specs(p, corpus)."
+                f"Experiment {file} has no {name}; expected a dataclass Parameters and functions "
+                f"{' and '.join(functions)}."
             )
     return module
 

@@ -15,7 +15,7 @@ from rayx.branching import make_branch, make_trunk
 from rayx.choose import Choice
 from rayx.corpus import Corpus
 from rayx.errors import UNREADABLE, SpecError
-from rayx.mixture import Mixture, Schedule, epochs
+from rayx.mixture import Mixture, Phase, Schedule, epochs
 from rayx.spec import TrainSpec
 from rayx.split import SplitChoice
 from rayx.store import Store
@@ -126,6 +126,42 @@ class Plan:
             name: make_branch(trunk, phase.tokens, phases, self.decay_share or 0.0)
             for name, phases in paths.items()
         }
+
+    @property
+    def paths(self) -> dict[str, tuple[Phase, ...]]:
+        """What each model reads from its first token on: expert, or "model", -> phases."""
+        trunk = self.schedule.phases
+        return {n: (*trunk, *b.phases) for n, b in self.branches.items()} or {"model": trunk}
+
+    def check(self, corpus: Corpus, other_corpus: bool = False) -> None:
+        """Refuse a corpus on which the plan cannot be carried out.
+
+        Args:
+            corpus: What the final run is to read.
+            other_corpus: Take one that is not the plan's, with the same domains.
+
+        Raises:
+            SpecError: The corpus is another one, lacks a domain, or holds so little of one that it
+                would be read more often than the plan says.
+        """
+        if corpus.fingerprint != self.corpus and not other_corpus:
+            raise SpecError(
+                f"The plan is for corpus {self.corpus}, but {corpus.url} holds "
+                f"{corpus.fingerprint}. Give the plan's corpus, or --other-corpus for one that has "
+                "the same domains."
+            )
+        for name, phases in self.paths.items():
+            path = Schedule(phases)
+            path.average().check(corpus.domains, f"corpus {corpus.url}")
+            for domain, tokens in path.domain_tokens(path.tokens).items():
+                passes, planned = tokens / corpus.tokens[domain], self.epochs.get(domain, 0.0)
+                if passes > 1.01 * max(1.0, planned):
+                    raise SpecError(
+                        f"Model {name!r} of the plan would pass {passes:.2f} times over domain "
+                        f"{domain!r}, of which {corpus.url} holds {corpus.tokens[domain]:,}; "
+                        f"the plan says {planned:.2f}. Give a corpus with more of it, or choose "
+                        "again with fewer tokens."
+                    )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; shares are written beside the exact millionths."""

@@ -19,6 +19,7 @@ from rayx.cli import (
     merging,
     splits,
     sweeps,
+    training,
 )
 from rayx.errors import RayxError
 
@@ -41,6 +42,8 @@ def command_tree() -> typer.Typer:
     app.command()(likelihoods.lld)
     for command in (decisions.fit, choosing.choose, decisions.plan, decisions.report):
         app.command()(command)
+    app.command()(training.train)
+    app.command()(training.export)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)
     for command in (corpora.build, corpora.sample, corpora.show):
         corpus.command()(command)
