@@ -8,16 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pyarrow import fs
 from tokenizers import Tokenizer
 
+from rayx.corpus.source import check_domain_name
 from rayx.corpus.stage import SPLITS, Tally
 from rayx.corpus.tokenizer import eos_id, num_ids
-from rayx.errors import CorpusError
+from rayx.errors import UNREADABLE, CorpusError
+from rayx.recipe import is_int
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+MOST_MANIFEST_BYTES = 100_000_000  # about 500 bytes a domain
 REBUILD = "Build the corpus again, or copy it again from where it is whole."
 
 
@@ -45,15 +49,14 @@ def write_manifest(
     domains = []
     for name, tally in tallies.items():
         mine = {split: shards[name, split] for split in SPLITS if (name, split) in shards}
-        hashes = [tokenizer_hash, *(f"{split} {mine[split]['sha256']}" for split in mine)]
         domains.append({
             "name": name, "evaluation_only": tally.evaluation_only, **mine,
             "duplicates": tally.duplicates, "skipped": dict(tally.skipped),
-            "fingerprint": _fingerprint(hashes),
+            "fingerprint": _domain_fingerprint(tokenizer_hash, mine),
         })  # fmt: skip
     manifest = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(sorted(f"{d['name']} {d['fingerprint']}" for d in domains)),
+        "fingerprint": _corpus_fingerprint(domains),
         "build_key": key,
         "tokenizer": {"file": TOKENIZER, "file_bytes": len(tokenizer_json.encode()),
                       "sha256": tokenizer_hash},
@@ -65,6 +68,15 @@ def write_manifest(
         "skipped_without_domain": dict(homeless),
     }  # fmt: skip
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _domain_fingerprint(tokenizer_hash: str, shards: dict[str, Any]) -> str:
+    hashes = (f"{split} {shards[split]['sha256']}" for split in SPLITS if split in shards)
+    return _fingerprint([tokenizer_hash, *hashes])
+
+
+def _corpus_fingerprint(domains: list[dict[str, Any]]) -> str:
+    return _fingerprint(sorted(f"{d['name']} {d['fingerprint']}" for d in domains))
 
 
 def _fingerprint(parts: list[str]) -> str:
@@ -90,22 +102,76 @@ def read_manifest(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
     """Read the manifest of the corpus at `root`.
 
     Raises:
-        CorpusError: There is none, it is not JSON, or of another version.
+        CorpusError: There is none, it is not JSON, of another version, or was edited.
     """
     file = f"{root}/{MANIFEST}"
     try:
         with filesystem.open_input_file(file) as stream:
+            if stream.size() > MOST_MANIFEST_BYTES:
+                raise ValueError(f"it has {stream.size():,} bytes, at most {MOST_MANIFEST_BYTES:,}")
             manifest = json.loads(stream.read())
     except FileNotFoundError:
         raise CorpusError(
             f"{root} is no corpus: it has no {MANIFEST}. Build one with `rayx corpus build`; an "
             "interrupted build goes on when it is started again."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{file} is not JSON ({error}). {REBUILD}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise CorpusError(
             f"{file} has format version {version!r}, this rayx reads {FORMAT_VERSION}. {REBUILD}"
         )
+    try:
+        _check(manifest)
+    except CorpusError as error:
+        raise CorpusError(f"{file}: {error} {REBUILD}") from None
+    except UNREADABLE as error:
+        raise CorpusError(f"{file} is damaged: {error!r}. {REBUILD}") from None
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that `write_manifest` did not write: names lead to files, sizes to maps."""
+    _want(manifest["dtype"] in ("<u2", "<u4"), "dtype", manifest["dtype"], "<u2 or <u4")
+    _shard(manifest["tokenizer"], TOKENIZER)
+    tokenizer_hash, domains = manifest["tokenizer"]["sha256"], manifest["domains"]
+    size = manifest["vocab_size"]
+    _want(is_int(size) and 0 < size < 2**32, "vocab_size", size, "an integer in [1, 2^32)")
+    eos = manifest["eos_id"]
+    _want(is_int(eos) and 0 <= eos < size, "eos_id", eos, f"an integer below {size}")
+    _want(isinstance(domains, list) and bool(domains), "domains", domains, "at least one")
+    names = [check_domain_name(domain["name"]) for domain in domains]
+    _want(len(set(names)) == len(names), "domains", names, "each name once")
+    for name, domain in zip(names, domains, strict=True):
+        only = domain["evaluation_only"]
+        _want(isinstance(only, bool), f"evaluation_only of {name!r}", only, "true or false")
+        splits = [split for split in SPLITS if split in domain]
+        _want("heldout" in splits and only != ("train" in splits), f"splits of {name!r}", splits,
+              "heldout, and train unless it is evaluation-only")  # fmt: skip
+        for split in splits:
+            shard, what = domain[split], f"of {name!r}, {split}"
+            _shard(shard, f"domains/{name}/{split}.bin")
+            for key in ("tokens", "bytes", "documents"):
+                _want(is_int(shard[key]) and shard[key] > 0, f"{key} {what}", shard[key], "> 0")
+            expected = shard["tokens"] * np.dtype(manifest["dtype"]).itemsize
+            _want(shard["file_bytes"] == expected, f"file_bytes {what}", shard["file_bytes"],
+                  f"{expected}, {shard['tokens']} tokens")  # fmt: skip
+        found = _domain_fingerprint(tokenizer_hash, domain)
+        _want(domain["fingerprint"] == found, f"fingerprint of {name!r}", domain["fingerprint"],
+              f"{found}, by its hashes")  # fmt: skip
+    _want(manifest["fingerprint"] == _corpus_fingerprint(domains), "fingerprint",
+          manifest["fingerprint"], f"{_corpus_fingerprint(domains)}, by its domains'")  # fmt: skip
+
+
+def _shard(facts: dict[str, Any], file: str) -> None:
+    # The one place where it can be: a name in a manifest leads out of no folder.
+    _want(facts["file"] == file, "a file", facts["file"], repr(file))
+    _want(isinstance(facts["sha256"], str), f"sha256 of {file!r}", facts["sha256"], "a text")
+    size = facts["file_bytes"]
+    _want(is_int(size) and size > 0, f"file_bytes of {file!r}", size, "an integer > 0")
+
+
+def _want(condition: bool, what: str, value: object, expected: str) -> None:
+    if not condition:
+        raise CorpusError(f"{what} is {value!r:.100}; expected {expected}.")
