@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rayx.errors import SpecError, did_you_mean
+from rayx.fit.csv_files import check_csv
 
 ANOTHER = "Give another --out, or remove it"
 
@@ -50,7 +51,11 @@ class Rows:
         try:
             if self._file.exists():
                 self._read(self._now)
-        except (OSError, ValueError) as error:  # not text, not numbers, or not rectangular
+        except (
+            OSError,
+            ValueError,
+            csv.Error,
+        ) as error:  # not such a table
             raise SpecError(f"Cannot read {path!r}: {error}. {ANOTHER}.") from error
 
     def append(self, row_id: str, numbers: Mapping[str, float]) -> None:
@@ -118,11 +123,12 @@ def read_merge_weights(path: str, experts: Sequence[str]) -> dict[str, tuple[flo
         SpecError: The file cannot be read, its columns are not the experts, an id repeats, or a
             cell is not a finite number.
     """
+    check_csv(path, SpecError)
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in csv.reader(text.splitlines()) if any(map(str.strip, line))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SpecError(f"--weights {path!r} cannot be read: {error}.") from error
-    lines = [line for line in csv.reader(text.splitlines()) if any(map(str.strip, line))]
     if len(lines) < 2:
         raise SpecError(f"--weights {path!r} is empty; expected a header and one row a candidate.")
     header = [name.strip() for name in lines[0]]

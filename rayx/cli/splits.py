@@ -12,6 +12,7 @@ import typer
 from rayx.cli.options import JsonOption
 from rayx.cli.output import check_folder, show_split
 from rayx.errors import FitError, SpecError
+from rayx.fit.csv_files import check_csv
 from rayx.split import INPUTS, choose_split, fit_split_law, split_curves, split_points
 from rayx.store import open_store
 
@@ -81,8 +82,9 @@ def split(
 def _points(path: str) -> pd.DataFrame:
     if not Path(path).is_file():
         raise SpecError(f"No file {path!r}; give a CSV with columns {', '.join(INPUTS)}, loss.")
+    check_csv(path, FitError)
     try:
-        frame = pd.read_csv(path)
+        frame = pd.read_csv(path, compression=None)  # a small file stays small
     except ValueError as error:
         raise FitError(f"Cannot read {path}: {error}") from error
     for column in (*INPUTS, "loss"):

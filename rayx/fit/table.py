@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from rayx.errors import FitError, did_you_mean
+from rayx.fit.csv_files import check_csv
 
 if TYPE_CHECKING:
     from rayx.fit.kinds import Joint
@@ -302,10 +303,9 @@ def _refuse_few(num_rows: int, min_rows: int, start: str) -> None:
 
 def _read_csv(path: Path, missing_allowed: bool) -> tuple[tuple[str, ...], dict[str, list[float]]]:
     """Read id -> numbers; the names of the number columns come first."""
+    check_csv(path, FitError)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FitError(f"There is no file {path}.") from None
     except UnicodeDecodeError as error:
         raise FitError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 CSV."
@@ -345,5 +345,5 @@ def _number(cell: str, missing_allowed: bool, where: str) -> float:
     try:
         return float(cell)
     except ValueError:
-        shown = repr(cell) if cell else "empty"
+        shown = f"{cell!r:.80}" if cell else "empty"
         raise FitError(f"{where}: the value is {shown}; expected a number.") from None

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from rayx.errors import FitError, did_you_mean
+from rayx.fit.csv_files import check_csv
 from rayx.fit.laws.law import Law
 from rayx.fit.table import of_mixture_alone
 
@@ -49,8 +50,9 @@ class LawTable:
         Raises:
             FitError: The file cannot be read, has no column loss, or a cell is no number.
         """
+        check_csv(path, FitError)
         try:
-            frame = pd.read_csv(path)
+            frame = pd.read_csv(path, compression=None)  # a small file stays small
         except (OSError, ValueError) as error:
             raise FitError(f"Cannot read {path}: {error}") from error
         for column in (*(rename or ()), *([group] if group else ())):

@@ -1,0 +1,41 @@
+"""What a CSV file may be, checked before it is read into memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rayx.errors import RayxError
+
+MOST_BYTES = 1_000_000_000
+MOST_HEADER_BYTES = 10_000_000
+MOST_COLUMNS = 100_000
+
+
+def check_csv(path: str | Path, error: type[RayxError]) -> None:
+    """Refuse what is no local file, is too large, holds zero bytes, or has too many columns.
+
+    Raises:
+        error: The file is one of these, or cannot be read.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():  # a URL neither: nothing is fetched
+        raise error(f"There is no file {str(path)!r}.")
+    try:
+        size = place.stat().st_size
+        with open(place, "rb") as file:
+            header = file.readline(MOST_HEADER_BYTES + 1)
+    except OSError as reason:
+        raise error(f"{str(path)!r} cannot be read: {reason.strerror}.") from reason
+    if size > MOST_BYTES:
+        raise error(
+            f"{str(path)!r} has {size:,} bytes; expected at most {MOST_BYTES:,}. Leave out columns "
+            "and rows that are not needed."
+        )
+    if b"\0" in header:
+        raise error(f"{str(path)!r} holds zero bytes, so it is not CSV text.")
+    columns = header.count(b",") + 1
+    if len(header) > MOST_HEADER_BYTES or columns > MOST_COLUMNS:
+        raise error(
+            f"{str(path)!r} has {columns:,} columns or more in its first line; expected at most "
+            f"{MOST_COLUMNS:,}."
+        )
