@@ -6,12 +6,16 @@
     heartbeats/PACK.json how far a pack is, rewritten every few seconds
     sweeps/SWEEP.json    the run_ids asked for and when
     drivers/SWEEP.json   the driver's heartbeat
-    compact/             the records as Parquet, rewritten while a sweep goes on; only a cache
+    compact/             the records as Parquet, in parts that come while a sweep goes on: a cache
     choices/ plans/      what was decided on these records
 
 Killing anything loses nothing that was recorded, `cp -r` is a backup, and two sweeps may share a
 store: at worst they do one run twice. Reading needs neither Ray nor torch. All nodes of a cluster
 must see the path.
+
+A table is the parts plus the records that came since, without the rows whose record has gone, so
+each look lists records/: 0.4 s for a million names on a local disk, and a request for each thousand
+in an object store.
 """
 
 from __future__ import annotations
@@ -20,14 +24,17 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
+from pyarrow import fs
 
 from rayx import tables
 from rayx.errors import RayxError, StoreError
 from rayx.files import Files, locate
 from rayx.merging import Spec, spec_from_json
+from rayx.parts import Parts
 from rayx.record import Record
 from rayx.spec import FORMAT
 
@@ -76,6 +83,10 @@ class Store(Files):
     def __repr__(self) -> str:
         return f"rayx.open({self.url!r})"
 
+    def path(self, name: str) -> str:
+        """Return where a file is on the store's filesystem."""
+        return self._path(name)
+
     # Records ----------------------------------------------------------------------------------
 
     def put(self, record: Record) -> None:
@@ -87,6 +98,23 @@ class Store(Files):
         """Return run_id -> `ok` or `failed` for every run that has ended."""
         failed = dict.fromkeys(self.names("failures"), "failed")
         return failed | dict.fromkeys(self.names("records"), "ok")
+
+    def changes(self, folder: str, known: frozenset[str]) -> tuple[list[str], frozenset[str]]:
+        """Return the stems of a folder's JSON files that are not known, and the known that went."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):  # faster than `names` for a million
+            try:
+                files = os.listdir(self.path(folder))
+            except FileNotFoundError:
+                files = []
+            stems = [file[: -len(".json")] for file in files if file.endswith(".json")]
+        else:
+            stems = self.names(folder)
+        new = [stem for stem in stems if stem not in known]
+        gone = known.difference(stems) if len(stems) - len(new) < len(known) else frozenset()
+        if new and isinstance(self.filesystem, fs.LocalFileSystem):
+            place = self.path(folder)
+            new = [s for s in new if s[:1] != "." and os.path.isfile(f"{place}/{s}.json")]
+        return sorted(new), gone
 
     def get(self, run_id: str) -> Record:
         """Return one record.
@@ -145,12 +173,14 @@ class Store(Files):
 
     # Tables -----------------------------------------------------------------------------------
 
-    def compact(self) -> int:
-        """Write the finished runs as Parquet and return how many; later reads decode only the rest.
+    @cached_property
+    def parts(self) -> Parts:
+        """The records as Parquet, as far as they were compacted."""
+        return Parts(self)
 
-        Failures stay out: a record may replace one at any time.
-        """
-        return tables.compact(self)
+    def compact(self) -> int:
+        """Add the finished runs since the last time to the Parquet; return how many it holds."""
+        return self.parts.compact()
 
     def runs(self) -> pd.DataFrame:
         """Return one row a run: spec, cost, weight/DOMAIN, epochs/DOMAIN, loss/TARGET (bpb) ..."""

@@ -180,17 +180,6 @@ def test_files_of_others_and_half_written_files_are_not_seen(local, folder):
     assert local.status() == {SPEC.run_id: "ok"}
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"\x00" * 100])
-def test_damaged_cache_is_only_a_cache(local, folder, content):
-    local.put(record())
-    local.compact()
-    for name in ("runs", "evals"):
-        (folder / "compact" / f"{name}.parquet").write_bytes(content)
-    assert len(local.runs()) == 1 and len(local.evals()) == 2
-    assert local.compact() == 1
-    assert len(local.runs()) == 1 and len(local.evals()) == 2
-
-
 # Nothing is seen half -------------------------------------------------------------------------
 
 
