@@ -191,7 +191,9 @@ class _Sweep:
             raise SpecError("The sweep has merged candidates; give run_sweep `merges`.")
         self.asked |= new
         # Reading the records, not only listing them, finds damaged ones: those runs are redone.
-        ended = {record.run_id: record.status for record in self.store.records()}
+        wanted = {spec.run_id for spec in with_ancestors(list(new.values()))}
+        found = self.store.records(sorted(wanted & self.store.status().keys()))
+        ended = {record.run_id: record.status for record in found}
         if retry_failed:
             ended = {run_id: status for run_id, status in ended.items() if status == "ok"}
         packs = missing_packs(
