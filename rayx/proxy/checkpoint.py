@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rayx.errors import SpecError, StoreError
+from rayx.errors import UNREADABLE, SpecError, StoreError
 from rayx.proxy.model import initial_parameters, parameter_shapes
 from rayx.spec import Parent, TrainSpec
 from rayx.store import Store
@@ -64,14 +64,14 @@ def read_checkpoint(store: Store, parent: Parent) -> State:
         ) from None
     try:
         tensors = load(data)
-        drawn = json.loads(metadata(data)["drawn"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        drawn = {domain: int(n) for domain, n in json.loads(metadata(data)["drawn"]).items()}
+    except (SafetensorError, *UNREADABLE) as error:
         raise StoreError(
             f"{name} of store {store.url!r} is damaged: {error}. Remove it and run the sweep again."
         ) from error
     shapes = parameter_shapes(parent.spec.model)
-    found = {n: tuple(t.shape) for n, t in tensors.items() if not n.startswith(MOMENTS)}
-    if found != shapes:
+    found = {n: tuple(t.shape) for n, t in tensors.items()}
+    if found != shapes | {f"{m}.{n}": size for m in MOMENTS for n, size in shapes.items()}:
         raise StoreError(f"{name} of store {store.url!r} holds another model: {found}.")
     return State(
         parameters={n: tensors[n] for n in shapes},

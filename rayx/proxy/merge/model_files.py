@@ -178,7 +178,7 @@ def _some(tensors: dict[str, Entry], label: str, place: Path) -> dict[str, Entry
 def _read_json(file: Path, label: str) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{label}: cannot read {file}: {error}.") from error
     if not isinstance(data, dict):
         raise ModelError(f"{label}: {file} is not a JSON object.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rayx.errors import ModelError
+from rayx.recipe import is_int
 
 DTYPES = {
     "F64": torch.float64,
@@ -114,11 +115,14 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelError(f"Cannot read {path}: {error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file: its header is not JSON.") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} is not a safetensors file: its header is not an object.")
     metadata = header.pop("__metadata__", None) or {}
+    texts = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    if not texts:
+        raise ModelError(f"{path} is not a safetensors file: its metadata are not texts.")
     entries = {}
     for name, told in header.items():
         entries[name] = _entry(path, name, told, 8 + length, size)
@@ -127,8 +131,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, told: dict, data_start: int, size: int) -> Entry:
     try:
-        dtype, shape = str(told["dtype"]), tuple(int(n) for n in told["shape"])
-        begin, end = (int(n) for n in told["data_offsets"])
+        dtype, shape = str(told["dtype"]), tuple(told["shape"])
+        begin, end = told["data_offsets"]
+        if not all(is_int(n) and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: the header of tensor {name!r} is damaged.") from error
     if dtype not in DTYPES:
