@@ -19,23 +19,25 @@ def check_csv(path: str | Path, error: type[RayxError]) -> None:
     """
     place = Path(path).expanduser()
     if not place.is_file():  # a URL neither: nothing is fetched
-        raise error(f"There is no file {str(path)!r}.")
+        raise error(f"There is no file {path}.")
     try:
         size = place.stat().st_size
         with open(place, "rb") as file:
             header = file.readline(MOST_HEADER_BYTES + 1)
     except OSError as reason:
-        raise error(f"{str(path)!r} cannot be read: {reason.strerror}.") from reason
+        raise error(f"{path} cannot be read: {reason.strerror}.") from reason
     if size > MOST_BYTES:
         raise error(
-            f"{str(path)!r} has {size:,} bytes; expected at most {MOST_BYTES:,}. Leave out columns "
+            f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}. Leave out columns "
             "and rows that are not needed."
         )
+    if header.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
+        raise error(f"{path} is not UTF-8 text. Save it as UTF-8 CSV.")
     if b"\0" in header:
-        raise error(f"{str(path)!r} holds zero bytes, so it is not CSV text.")
+        raise error(f"{path} holds zero bytes, so it is not CSV text.")
     columns = header.count(b",") + 1
     if len(header) > MOST_HEADER_BYTES or columns > MOST_COLUMNS:
         raise error(
-            f"{str(path)!r} has {columns:,} columns or more in its first line; expected at most "
+            f"{path} has {columns:,} columns or more in its first line; expected at most "
             f"{MOST_COLUMNS:,}."
         )
