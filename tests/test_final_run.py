@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import rayx
@@ -16,6 +23,7 @@ from rayx.proxy import set_threads, train_pack
 from rayx.proxy.checkpoint import read_checkpoint
 from rayx.spec import Parent
 from rayx.sweep.final import Workers, check_final, train_final
+from rayx.sweep.packs import with_ancestors
 from tests.final_world import STUDY, interrupt, plan, runs, template, train_all
 from tests.final_world import train_in_two_processes as in_two
 from tests.test_cli import run_main
@@ -219,3 +227,70 @@ def test_group_that_the_cluster_cannot_hold_is_refused_at_once(ray_cluster, tiny
         train_final(
             runs(tiny_corpus, False), tiny_corpus, store, train_pack, workers=Workers(count=4)
         )
+
+
+def workers_of(mark: str) -> list[int]:
+    """Return the pids of Ray Train's workers that have `mark` in their environment."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.info["cmdline"] or [])
+            if "RayTrainWorker" in title and process.environ().get("RAYX_TEST") == mark:
+                found.append(process.pid)
+    return sorted(found)
+
+
+def until(what, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_real_group_outlives_a_worker_and_its_driver(shard, study, tiny_corpus, tmp_path):
+    file = written(tmp_path, plan(tiny_corpus, branches=True, steps=600))
+    rayx_command = str(Path(sys.executable).with_name("rayx"))
+    root = str(Path(__file__).parents[1])
+
+    def start(store: str, mark: str) -> subprocess.Popen:
+        command = [rayx_command, "train", file, study, "--store", store, "--workers", "2"]
+        command += ["--state-seconds", "0.5", *(["--shard"] if shard else [])]
+        environment = {**os.environ, "RAYX_TEST": mark, "PYTHONPATH": root}
+        with open(tmp_path / f"{mark}.log", "w") as log:
+            return subprocess.Popen(
+                [*map(str, command)], env=environment, cwd=tmp_path, stdout=log, stderr=log
+            )
+
+    assert start("calm", "calm").wait(280) == 0, (tmp_path / "calm.log").read_text()
+    states = tmp_path / "stormy" / "unfinished"
+
+    def written_at() -> float:
+        return max((f.stat().st_mtime for f in states.glob("*.safetensors")), default=0.0)
+
+    driver = start("stormy", "storm")
+    until(written_at)
+    victims = workers_of("storm")
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    fresh = until(lambda: set(workers_of("storm")) - set(victims))
+    assert driver.poll() is None and fresh
+    seen = written_at()
+    until(lambda: written_at() > seen)
+    driver.kill()
+    driver.wait(60)
+    until(lambda: not workers_of("storm"))
+    assert start("stormy", "after").wait(280) == 0, (tmp_path / "after.log").read_text()
+    calm, stormy = rayx.open(tmp_path / "calm"), rayx.open(tmp_path / "stormy")
+    alone = rayx.open(tmp_path / "alone", create=True)
+    specs = with_ancestors(list(plan(tiny_corpus, True, 600).specs(template(tiny_corpus)).values()))
+    train_all(specs, tiny_corpus, alone)
+    for spec in specs:
+        assert same(calm.get(spec.run_id), stormy.get(spec.run_id))
+        own = [d for d in spec.schedule.phases[-1].mixture]
+        for domain in own:
+            one, two = (s.get(spec.run_id).losses[domain].nats for s in (alone, calm))
+            assert two == pytest.approx(one, rel=1e-3)

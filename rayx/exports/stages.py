@@ -64,4 +64,7 @@ def yaml_text(value: Any, indent: str = "") -> str:
             lines.append(f"{indent}- {text.lstrip() if isinstance(entry, Mapping) else text}")
             lines[-1] = lines[-1].rstrip("\n") + "\n"
         return "".join(lines)
+    if isinstance(value, str):
+        plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+        return f'"{"".join(plain)}"'
     return f"{value:.6f}" if isinstance(value, float) else json.dumps(value)

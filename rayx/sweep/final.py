@@ -7,6 +7,7 @@ and goes on from the state that rank 0 wrote last; so does the same call after t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -185,6 +186,7 @@ def train_final(
 
 def _work(loop: _Loop, every: Sequence[TrainSpec], store: Store, corpus: Corpus) -> None:
     workers = loop.workers
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # the watcher says what goes on
     if workers.count:
         _connect(workers)
     tokens = {spec.run_id: spec.tokens for spec in every}
@@ -222,7 +224,8 @@ def _work(loop: _Loop, every: Sequence[TrainSpec], store: Store, corpus: Corpus)
         store.beat(f"drivers/{sweep_id}", state="stopped")
         store.compact()
         if workers.count:
-            store.filesystem.delete_dir_contents(folder, missing_dir_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                store.filesystem.delete_dir(folder)
 
 
 def _failure(error: WorkerGroupError) -> RayxError:
