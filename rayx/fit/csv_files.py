@@ -18,7 +18,7 @@ def check_csv(path: str | Path, error: type[RayxError]) -> None:
         error: The file is one of these, or cannot be read.
     """
     place = Path(path).expanduser()
-    if not place.is_file():  # a URL neither: nothing is fetched
+    if not place.exists():  # a URL neither: nothing is fetched
         raise error(f"There is no file {path}.")
     try:
         size = place.stat().st_size
