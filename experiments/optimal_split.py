@@ -83,6 +83,11 @@ def method(p: Parameters, corpus: Corpus) -> OptimalSplit:
     )
 
 
+def final(p: Parameters, corpus: Corpus) -> TrainSpec:
+    """Return the model of the final run."""
+    return template(corpus, LARGER_WIDTH, p.seed)
+
+
 def specs(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     """Return the runs of the fit."""
     return method(p, corpus).specs()

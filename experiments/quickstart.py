@@ -52,25 +52,34 @@ def corpus(p: Parameters) -> Corpus:
     return build_sample(p.corpus, vocab_size=1024)
 
 
-def method(p: Parameters, corpus: Corpus) -> RegMix:
-    """Return the study: 0.12M-parameter proxies, verified at 0.34M and twice the tokens."""
-    proxy = TrainSpec(
+def proxy(p: Parameters, corpus: Corpus) -> TrainSpec:
+    """Return a proxy, of 0.12M parameters."""
+    return TrainSpec(
         corpus=corpus.fingerprint,
         model=ModelShape(layers=1, width=64, heads=4, ffn_width=192, vocab_size=1024, context=64),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.proxy_tokens),
         optimizer=Optimizer(lr=8e-3, batch_sequences=8),
         evaluation=Evaluation(points=3, sequences=64),
     )
-    larger = dataclasses.replace(
-        proxy,
-        model=dataclasses.replace(proxy.model, layers=2, width=96, heads=6, ffn_width=288),
+
+
+def final(p: Parameters, corpus: Corpus) -> TrainSpec:
+    """Return the model of the verification and of the final run, of 0.34M parameters."""
+    small = proxy(p, corpus)
+    return dataclasses.replace(
+        small,
+        model=dataclasses.replace(small.model, layers=2, width=96, heads=6, ffn_width=288),
         optimizer=Optimizer(lr=4e-3, batch_sequences=8),
         schedule=Schedule.constant(Mixture.uniform(corpus.domains), p.verify_tokens),
         evaluation=Evaluation(points=3, sequences=128),
     )
+
+
+def method(p: Parameters, corpus: Corpus) -> RegMix:
+    """Return the study: proxies, verified at three times their size and twice their tokens."""
     return RegMix(
         corpus=corpus,
-        proxy=proxy,
+        proxy=proxy(p, corpus),
         num_proxies=p.proxies,
         rounds=p.rounds,
         objective=OBJECTIVE,
@@ -78,7 +87,7 @@ def method(p: Parameters, corpus: Corpus) -> RegMix:
         max_epochs=p.max_epochs,
         seed=p.seed,
         regressor=p.regressor,
-        verification=larger if p.verify_seeds else None,
+        verification=final(p, corpus) if p.verify_seeds else None,
         verification_seeds=p.verify_seeds,
     )
 
