@@ -15,6 +15,7 @@ from rayx.corpus.sampler import sequence_count, take
 from rayx.errors import CorpusError, SpecError, StoreError
 from rayx.proxy import set_threads, train_pack
 from rayx.proxy.model import Rotary, initial_parameters, stacked, token_losses
+from rayx.proxy.objective import Objective
 from rayx.proxy.optimizer import PackedAdamW, lr_share
 from rayx.spec import LrSchedule, Parent, Precision
 
@@ -196,18 +197,15 @@ def test_a_run_that_diverges_is_recorded_and_leaves_its_pack_unharmed(template, 
 
 
 def test_nan_in_one_run_is_named_with_its_step(template, tiny_corpus, monkeypatch):
-    import rayx.proxy.distributed as loop
+    plain, calls = Objective.backward, []
 
-    plain, calls = token_losses, []
-
-    def poisoned(parameters, shape, rotary, tokens):
-        losses = plain(parameters, shape, rotary, tokens)
+    def poisoned(self, parameters, tokens, domain_RB):
         calls.append(1)
         if len(calls) == 7:
-            losses = losses * torch.tensor([1.0, math.nan])[:, None, None]
-        return losses
+            parameters["norm"].data[1, 0] = math.nan
+        return plain(self, parameters, tokens, domain_RB)
 
-    monkeypatch.setattr(loop, "token_losses", poisoned)
+    monkeypatch.setattr(Objective, "backward", poisoned)
     twin = dataclasses.replace(template, seed=9)
     good, bad = train_pack([template, twin], tiny_corpus)
     assert good.status == "ok" and math.isfinite(good.losses["law"].nats)

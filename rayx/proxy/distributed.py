@@ -23,6 +23,7 @@ from rayx.errors import SpecError
 from rayx.proxy.model import (
     LAYER_NAMES,
     Rotary,
+    TokenLosses,
     block,
     cross_entropies,
     embed,
@@ -47,21 +48,17 @@ class Alone:
         groups: What the optimizer updates here.
         rows: The rows of a batch that this process trains on.
         rank: Number of the process; 0 is the one that writes.
+        losses: As `token_losses`, of the model as it is spread; all must ask together.
     """
 
     rank = 0
     rows = slice(None)
+    losses: TokenLosses = staticmethod(token_losses)
 
     def __init__(self, groups: Groups, specs: Sequence[TrainSpec], rotary: Rotary) -> None:
         self.groups = groups
         for parameter in groups[0].values():
             parameter.requires_grad_()
-
-    def losses(
-        self, parameters: Mapping[str, Tensor], shape: ModelShape, rotary: Rotary, tokens: Tensor
-    ) -> Tensor:
-        """Return what `token_losses` does, of the model as it is spread; all must ask together."""
-        return token_losses(parameters, shape, rotary, tokens)
 
     def collect(self) -> None:
         """Hand the gradients of the last backward pass to `groups`."""

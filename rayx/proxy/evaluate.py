@@ -15,6 +15,7 @@ from torch import Tensor
 from rayx.corpus import Corpus
 from rayx.corpus.places import heldout_places
 from rayx.corpus.sampler import take
+from rayx.proxy.fused import Fused, fits
 from rayx.proxy.model import Rotary, TokenLosses, token_losses
 from rayx.record import Loss
 from rayx.spec import Evaluation, ModelShape
@@ -59,7 +60,9 @@ def evaluate(
     losses: TokenLosses = token_losses,
 ) -> list[dict[str, Loss]]:
     """Return for each of the R runs target -> loss, with the standard error over sequences."""
-    runs = parameters["embedding"].shape[0]
+    runs, device = parameters["embedding"].shape[0], parameters["embedding"].device
+    if losses is token_losses and fits(shape, device) and not torch.is_autocast_enabled("cpu"):
+        losses = Fused(shape, rotary).losses
     results: list[dict[str, Loss]] = [{} for _ in range(runs)]
     for target, data in targets.items():
         parts = [

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rayx.proxy.distillation import Teachers, distilled_losses
+from rayx.proxy.fused import Fused, fits
 from rayx.proxy.model import Rotary, TokenLosses, token_logits, token_losses
-from rayx.spec import TrainSpec
+from rayx.spec import Precision, TrainSpec
 from rayx.steering import Steering
 from rayx.store import Store
 
@@ -36,6 +37,31 @@ class Objective:
         self.domains, self.steerings = domains, steerings
         self.distillation = specs[0].distillation  # that of all, for packs differ in it
         self.teachers = Teachers(specs, store, device) if self.distillation else None
+        half = specs[0].precision is Precision.BFLOAT16
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        plain = losses is token_losses and not (self.distillation or half)
+        self.fused = Fused(self.shape, rotary) if plain and fits(self.shape, device) else None
+
+    def backward(
+        self, parameters: dict[str, Tensor], tokens: Tensor, domain_RB: np.ndarray
+    ) -> Tensor:
+        """Set the gradients of the parameters; return the mean loss of each run, shape (R,)."""
+        if self.fused:
+            return self.fused.backward(parameters, tokens, self._factors(domain_RB))
+        with self.autocast:
+            loss_R = self(parameters, tokens, domain_RB)
+        loss_R.sum().backward()
+        return loss_R.detach()
+
+    def _factors(self, domain_RB: np.ndarray) -> Tensor | None:
+        """Return the policies' factors on the losses of the sequences, shape (R, B)."""
+        if not any(steering.loss_weights for steering in self.steerings):
+            return None
+        factor_RK = [
+            [(s.loss_weights or {}).get(d, 1.0) for d in self.domains] for s in self.steerings
+        ]
+        factor_RB = np.take_along_axis(np.array(factor_RK), domain_RB, axis=1)
+        return torch.from_numpy(factor_RB).float().to(self.device)
 
     def __call__(
         self, parameters: dict[str, Tensor], tokens: Tensor, domain_RB: np.ndarray
@@ -53,10 +79,7 @@ class Objective:
                 torch.from_numpy(share_K[domain_RB]).float().to(self.device),
                 self.distillation.swap,
             )
-        if any(steering.loss_weights for steering in self.steerings):
-            factor_RK = [
-                [(s.loss_weights or {}).get(d, 1.0) for d in self.domains] for s in self.steerings
-            ]
-            factor_RB = np.take_along_axis(np.array(factor_RK), domain_RB, axis=1)
-            losses = losses * torch.from_numpy(factor_RB).float().to(self.device)[..., None]
+        factor_RB = self._factors(domain_RB)
+        if factor_RB is not None:
+            losses = losses * factor_RB[..., None]
         return losses.mean(dim=(1, 2))

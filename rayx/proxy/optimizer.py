@@ -61,6 +61,7 @@ class PackedAdamW:
         reduce: Callable[[Tensor], Tensor] = lambda squares_R: squares_R,
     ) -> None:
         self.parameters, self.first, self.second = parameters, first, second
+        self.specs = specs
         self.optimizer = specs[0].optimizer  # all but lr and weight_decay agree in a pack
         self.reduce = reduce
         device = parameters["norm"].device
@@ -80,11 +81,14 @@ class PackedAdamW:
         o = self.optimizer
         self.updates += 1
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        squares = [g.flatten(1).square().sum(1) for g in grads.values()]
-        norm_R = self.reduce(torch.stack(squares).sum(0)).sqrt()
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()]
+        norm_R = self.reduce(torch.stack(norms).square().sum(0)).sqrt()
         alive_R = alive_R & norm_R.isfinite()
         scale_R = (o.clip_norm / norm_R).clamp(max=1.0)
         rate_R = self.lr_R * lr_share * alive_R
+        if norm_R.device.type == "cpu":
+            self._update_on_a_cpu(grads, scale_R.tolist(), lr_share, alive_R.tolist())
+            return norm_R
         correct_1 = 1 - o.beta1**self.updates
         correct_2 = 1 - o.beta2**self.updates
         for name, grad in grads.items():
@@ -99,3 +103,27 @@ class PackedAdamW:
             parameter.sub_(update.mul_(rate_R.view(column)))
             self.parameters[name].grad = None
         return norm_R
+
+    def _update_on_a_cpu(
+        self, grads: dict[str, Tensor], scale_R: list[float], lr_share: float, alive_R: list[bool]
+    ) -> None:
+        """Update run by run, each tensor in one pass over memory."""
+        o, updates = self.optimizer, torch.tensor(float(self.updates))
+        for run, spec in enumerate(self.specs):
+            if not alive_R[run]:
+                continue
+            for decayed in (True, False):
+                names = [n for n in grads if n.endswith("norm") is not decayed]
+                grad = [grads[n][run] for n in names]
+                if scale_R[run] < 1:
+                    for part in grad:
+                        part.mul_(scale_R[run])
+                torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]: AdamW's own
+                    [self.parameters[n][run] for n in names], grad,
+                    [self.first[n][run] for n in names], [self.second[n][run] for n in names],
+                    [], [updates] * len(names), amsgrad=False, maximize=False,
+                    lr=spec.optimizer.lr * lr_share, beta1=o.beta1, beta2=o.beta2, eps=o.eps,
+                    weight_decay=spec.optimizer.weight_decay if decayed else 0.0,
+                )  # fmt: skip
+        for name in grads:
+            self.parameters[name].grad = None

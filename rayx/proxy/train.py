@@ -186,9 +186,8 @@ def train_pack(
         share = lr_share(spec.optimizer, step, spec.steps)
         decide(step, share)
         tokens, domain_RB = batches.next(step, steerings)
-        with autocast:
-            loss_R = objective(parameters, tokens.to(place, non_blocking=True), domain_RB)
-        loss_R.sum().backward()
+        tokens = tokens.to(place, non_blocking=True)
+        loss_R = objective.backward(parameters, tokens, domain_RB)
         team.collect()
         norm_R = optimizer.step(share, alive_R)
         # Asking a GPU for values waits for it, so there it is done now and then.
