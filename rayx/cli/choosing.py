@@ -115,6 +115,8 @@ def choose(
     priced = _supply(discount, tokens, supply if opened else None, table) if discount else None
     goals = parse_goals(pareto, table) if pareto else None
     kept = open_store(store) if store else None
+    if kept is not None:
+        kept.exists(f"choices/{name}.json")  # refuses a name that leads out of the store
     with work_progress("fit", "regressors") as shown:
         fitted = fit_table(table, regressor, seed, shown)
     if goals is not None:

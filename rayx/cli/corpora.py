@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rayx.cli.options import SeedOption
+from rayx.cli.output import say
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
 from rayx.errors import SpecError
 
@@ -46,7 +47,7 @@ def build(
         given.append(Source(path=table, domain_column=domain_column, text_column=text_column))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
     built = build_corpus(given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed)
-    typer.echo(describe(built).to_string())
+    say(describe(built).to_string())
 
 
 def sample(
@@ -59,7 +60,7 @@ def sample(
 
     Example: `rayx corpus sample data/sample`
     """
-    typer.echo(describe(build_sample(out, vocab_size=vocab_size)).to_string())
+    say(describe(build_sample(out, vocab_size=vocab_size)).to_string())
 
 
 def show(
@@ -75,7 +76,7 @@ def show(
     opened = Corpus.load(corpus)
     if verify:
         opened.verify()
-    typer.echo(describe(opened).to_string())
+    say(describe(opened).to_string())
     typer.echo(f"fingerprint {opened.fingerprint}, vocabulary {opened.vocab_size}")
 
 

@@ -20,7 +20,7 @@ from rayx.cli.options import (
     WeightsOption,
     read_table,
 )
-from rayx.cli.output import check_folder, grid_of, warn, work_progress, write_text
+from rayx.cli.output import check_folder, grid_of, say, warn, work_progress, write_text
 from rayx.errors import FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, join_kinds, largest_scale
 from rayx.report import render
@@ -61,7 +61,7 @@ def fit(
         grid.add_row(*row)
     Console().print(grid)
     mean = ", ".join(f"{name} {value:.4f}" for name, value in result["mean"].items())
-    typer.echo(f"mean of {len(result['targets'])} targets: {mean}; {result['seconds']:.1f} s")
+    say(f"mean of {len(result['targets'])} targets: {mean}; {result['seconds']:.1f} s")
 
 
 def plan(

@@ -21,6 +21,7 @@ from rayx.cli import (
     sweeps,
     training,
 )
+from rayx.cli.output import say
 from rayx.errors import RayxError
 
 
@@ -63,5 +64,5 @@ def main() -> None:
     try:
         command_tree()()
     except RayxError as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(2)

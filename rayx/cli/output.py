@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table as Grid
+from rich.text import Text
 
 from rayx.choose import Choice
 from rayx.errors import SpecError
@@ -44,13 +46,29 @@ def write_text(path: str, text: str) -> None:
         raise SpecError(f"Cannot write {path!r}: {error}. Give another --out.") from error
 
 
+def printable(text: object) -> str:
+    """Return a text in which signs that could command a terminal are written out, as \\x1b."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print a line; names and messages in it may be anybody's."""
+    typer.echo(printable(text), err=err)
+
+
+class _Grid(Grid):
+    """A table whose cells are texts and no markup."""
+
+    def add_row(self, *cells: object, **options: Any) -> None:
+        super().add_row(*(Text(printable(cell)) for cell in cells), **options)
+
+
 def grid_of(*columns: str) -> Grid:
     """Return an empty table; names on the left, numbers on the right."""
-    grid = Grid(box=None, pad_edge=False)
+    grid = _Grid(box=None, pad_edge=False)
     for column in columns:
-        grid.add_column(
-            column, justify="left" if column in ("target", "regressor", "") else "right"
-        )
+        left = column in ("target", "regressor", "")
+        grid.add_column(Text(printable(column)), justify="left" if left else "right")
     return grid
 
 
@@ -80,7 +98,7 @@ def work_progress(what: str, unit: str) -> Iterator[Callable[[int, int, str], No
 def warn(warnings: Sequence[str]) -> None:
     """Print warnings on standard error."""
     for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
 
 
 def show_choice(choice: Choice) -> None:
@@ -97,10 +115,10 @@ def show_choice(choice: Choice) -> None:
     worse = {target: loss for target, loss in choice.given_up.items() if loss > 0}
     if worse:
         listed = ", ".join(f"{target} {loss:+.4f}" for target, loss in worse.items())
-        typer.echo(f"given up against proportional: {listed}")
+        say(f"given up against proportional: {listed}")
     if choice.repetition:
         listed = ", ".join(f"{d} {passes:.2g}" for d, passes in choice.repetition.items())
-        typer.echo(f"epochs: {listed}")
+        say(f"epochs: {listed}")
     warn(choice.warnings)
 
 

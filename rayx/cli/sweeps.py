@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rayx.cli.options import JsonOption, StoreArgument
-from rayx.cli.output import show_choice, show_split
+from rayx.cli.output import printable, say, show_choice, show_split
 from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
 from rayx.merging import Spec
@@ -161,7 +161,7 @@ def status(store: StoreArgument, as_json: JsonOption = False) -> None:
     )
     typer.echo(f"{progress_line(state)} ({mode})")
     for run_id, message in failures.items():
-        typer.echo(f"  failed {run_id}: {message}")
+        say(f"  failed {run_id}: {message}")
 
 
 def query(
@@ -177,7 +177,7 @@ def query(
     """
     frame = open_store(store).sql(sql)
     if as_csv:
-        typer.echo(frame.to_csv(index=False), nl=False)
+        typer.echo(printable(frame.to_csv(index=False)), nl=False)
     else:
-        typer.echo(frame.to_string(index=False))
+        say(frame.to_string(index=False))
         typer.echo(f"({len(frame)} rows)")

@@ -141,6 +141,11 @@ def _check(manifest: dict[str, Any]) -> None:
     eos = manifest["eos_id"]
     _want(is_int(eos) and 0 <= eos < size, "eos_id", eos, f"an integer below {size}")
     _want(isinstance(domains, list) and bool(domains), "domains", domains, "at least one")
+    counts = [("skipped_without_domain", manifest["skipped_without_domain"])]
+    counts += [(f"skipped of {d['name']!r}", d["skipped"]) for d in domains]
+    counts += [(f"duplicates of {d['name']!r}", {"": d["duplicates"]}) for d in domains]
+    for what, found in counts:
+        _want(all(is_int(n) and n >= 0 for n in found.values()), what, found, "counts")
     names = [check_domain_name(domain["name"]) for domain in domains]
     _want(len(set(names)) == len(names), "domains", names, "each name once")
     for name, domain in zip(names, domains, strict=True):
