@@ -36,6 +36,10 @@ class StoreError(RayxError):
     """A store or a record in it cannot be read or written."""
 
 
+class UnreachableError(StoreError):
+    """A store is away or does not let us in: it says nothing about what the store holds."""
+
+
 class SweepError(RayxError):
     """A sweep cannot be placed or did not finish."""
 

@@ -1,37 +1,39 @@
-"""Files of a store: written whole or not at all, on a local folder or an object store."""
+"""Files of a store: written whole or not at all, on a local folder or an object store.
+
+An object store that is busy or away is waited for (`rayx.remote`); what stays is an
+`UnreachableError`, which must never be taken for a damaged or missing file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import posixpath
 import re
+import stat
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 
-from rayx.errors import StoreError
+from rayx.errors import StoreError, UnreachableError
+from rayx.remote import explain, persist
 
+T = TypeVar("T")
 MOST_JSON_BYTES = 256_000_000  # the specs of 100,000 runs take a quarter of it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def locate(url: str) -> tuple[fs.FileSystem, str]:
-    """Return the filesystem and the path of a local path, s3:// or gs:// URL.
-
-    Raises:
-        StoreError: The URL cannot be understood.
-    """
+def _mode(path: str) -> int | None:
+    """Return the mode of a file, of a link itself, or None where there is nothing."""
     try:
-        if "://" in url:
-            return fs.FileSystem.from_uri(url)
-        return fs.LocalFileSystem(), os.path.abspath(url)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(
-            f"Store URL {url!r} cannot be opened: {error}. Expected a local path, s3:// or gs://."
-        ) from error
+        return os.lstat(path).st_mode
+    except OSError:  # whoever opens it says why
+        return None
 
 
 class Files:
@@ -41,69 +43,150 @@ class Files:
         self.filesystem = filesystem
         self.root = root
         self.url = url
+        self.is_local = isinstance(filesystem, fs.LocalFileSystem)
 
     def _path(self, name: str) -> str:
         if not all(_NAME.fullmatch(part) for part in name.split("/")):
             raise StoreError(
                 f"Name {name!r} cannot be used in a store; expected letters, digits, '.', '_', '-'."
             )
+        path = self.root
+        for part in name.split("/")[:-1]:
+            path = f"{path}/{part}"
+            self._refuse_link(path)
         return posixpath.join(self.root, name)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file so that readers see either the old content or all of the new."""
-        path = self._path(name)
-        try:
-            if isinstance(self.filesystem, fs.LocalFileSystem):
-                self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
-                # The leading dot keeps a half-written file out of every listing.
-                temporary = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}")
-                with self.filesystem.open_output_stream(temporary) as stream:
-                    stream.write(data)
-                self.filesystem.move(temporary, path)
-            else:  # an object appears when its upload is complete
-                with self.filesystem.open_output_stream(path) as stream:
-                    stream.write(data)
-        except OSError as error:
+    def _refuse_link(self, path: str) -> None:
+        """Refuse a link or device, by which whoever can write here could lead a reader away."""
+        mode = _mode(path) if self.is_local else None
+        if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
             raise StoreError(
-                f"Cannot write {name} to store {self.url!r}: {error}. Check permission and space."
-            ) from error
+                f"{path!r} is {kind}, which a store never holds: remove it. (The folder of a store "
+                "may be a link; what is in it may not.)"
+            )
+
+    def _do(self, action: Callable[[], T], what: str, patient: bool = True) -> T:
+        """Do something, with patience where the store is busy or away; see `persist`."""
+        try:
+            return persist(action, f"Store {self.url}", None if patient else 0.0)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            kind = StoreError if error.errno in (errno.EISDIR, errno.ENOTDIR) else UnreachableError
+            fix = " Check permission and space." if self.is_local else ""
+            raise kind(f"Cannot {what} in store {self.url!r}: {explain(error)}.{fix}") from error
+
+    def write_bytes(self, name: str, data: bytes, patient: bool = True) -> None:
+        """Write a file so that readers see either the old content or all of the new.
+
+        Args:
+            name: Of the file.
+            data: All of its content.
+            patient: Try for minutes where an object store is away.
+
+        Raises:
+            UnreachableError: The store is away, full, or does not allow it.
+        """
+        path = self._path(name)
+        write = self._write_local if self.is_local else self._write_object
+        self._do(lambda: write(path, data), f"write {name}", patient)
+
+    def _write_local(self, path: str, data: bytes) -> None:
+        folder = posixpath.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        # The leading dot keeps a half-written file out of every listing.
+        temporary = posixpath.join(folder, f".{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _write_object(self, path: str, data: bytes) -> None:
+        # In one write: an object appears when its upload is complete, and leaving this block early
+        # would complete it. An upload that breaks leaves nothing that a listing or a read finds.
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
 
     def read_bytes(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return the content; FileNotFoundError where there is none, ValueError where too long."""
-        with self.filesystem.open_input_file(self._path(name)) as file:
-            if most_bytes is not None and file.size() > most_bytes:
-                raise ValueError(f"it has {file.size():,} bytes, expected at most {most_bytes:,}")
-            return file.read()
+        """Return the content.
 
-    def write_json(self, name: str, data: Any) -> None:
-        """Write JSON atomically; NaN is refused."""
-        self.write_bytes(name, json.dumps(data, allow_nan=False).encode())
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It has more than `most_bytes`.
+            UnreachableError: The store is away or does not allow it.
+            StoreError: It is a link, a device or a folder.
+        """
+        path = self._path(name)
+        self._refuse_link(path)
+
+        def read() -> bytes:
+            with self.filesystem.open_input_file(path) as file:
+                if most_bytes is not None and file.size() > most_bytes:
+                    raise ValueError(
+                        f"it has {file.size():,} bytes, expected at most {most_bytes:,}"
+                    )
+                return file.read()
+
+        return self._do(read, f"read {name}")
+
+    def write_json(self, name: str, data: Any, patient: bool = True) -> None:
+        """Write JSON atomically; NaN is refused. See `write_bytes`."""
+        self.write_bytes(name, json.dumps(data, allow_nan=False).encode(), patient)
 
     def read_json(self, name: str) -> Any:
         """Return parsed JSON; FileNotFoundError or ValueError where it is missing or broken."""
         try:
-            return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
+            try:
+                return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
+            except ValueError:
+                if self.is_local:
+                    raise
+                # An object is read in two requests, and may have been replaced between them.
+                return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
         except RecursionError:
             raise ValueError("JSON nested too deep") from None
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        return self.filesystem.get_file_info(self._path(name)).type == fs.FileType.File
+        path = self._path(name)
+        if self.is_local:
+            return stat.S_ISREG(_mode(path) or 0)
+        info = self._do(lambda: self.filesystem.get_file_info(path), f"look for {name}")
+        return info.type == fs.FileType.File
 
     def remove(self, name: str) -> None:
-        """Delete a file."""
-        self.filesystem.delete_file(self._path(name))
+        """Delete a file; FileNotFoundError where there is none."""
+        path, tries = self._path(name), itertools.count()
+
+        def remove() -> None:
+            again = next(tries) > 0
+            try:
+                self.filesystem.delete_file(path)
+            except FileNotFoundError:
+                if not again:  # else it is our own work, whose answer was lost
+                    raise
+
+        self._do(remove, f"remove {name}")
 
     def names(self, folder: str, suffix: str = ".json") -> list[str]:
         """Return the stems of the files in a folder that end in `suffix`, sorted."""
         path = self._path(folder)
-        try:
-            if isinstance(self.filesystem, fs.LocalFileSystem):  # which would stat each file
+        self._refuse_link(path)
+
+        def names() -> list[str]:
+            if self.is_local:  # where pyarrow would stat each file
                 with os.scandir(path) as entries:
-                    files = [entry.name for entry in entries if entry.is_file()]
-            else:
-                infos = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-                files = [info.base_name for info in infos if info.is_file]
+                    return [entry.name for entry in entries if entry.is_file()]
+            infos = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            return [info.base_name for info in infos if info.is_file]
+
+        try:
+            files = self._do(names, f"list {folder}")
         except FileNotFoundError:  # pyarrow too: the folder was made while it was looked for
             return []
         return sorted(n[: -len(suffix)] for n in files if n.endswith(suffix) and n[0] != ".")

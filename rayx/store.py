@@ -31,11 +31,12 @@ import pandas as pd
 from pyarrow import fs
 
 from rayx import tables
-from rayx.errors import RayxError, StoreError
-from rayx.files import Files, locate
+from rayx.errors import RayxError, StoreError, UnreachableError
+from rayx.files import Files
 from rayx.merging import Spec, spec_from_json
 from rayx.parts import Parts
 from rayx.record import Record
+from rayx.remote import locate
 from rayx.spec import FORMAT
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ class Store(Files):
                 record = Record.from_json(self.read_json(f"{folder}/{run_id}.json"))
             except FileNotFoundError:
                 continue
+            except UnreachableError:  # which is no damage: the record may be fine
+                raise
             except (RayxError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise StoreError(
                     f"Record {folder}/{run_id}.json of store {self.url!r} is damaged: {error}. "
@@ -146,6 +149,8 @@ class Store(Files):
         for run_id in sorted(self.status()) if run_ids is None else run_ids:
             try:
                 result.append(self.get(run_id))
+            except UnreachableError:
+                raise
             except StoreError as error:
                 log.warning("%s", error)
         return result
@@ -161,8 +166,8 @@ class Store(Files):
         return [spec_from_json(data) for data in self.read_json(f"packs/{pack_id}.json")]
 
     def beat(self, name: str, **facts: Any) -> None:
-        """Write a heartbeat: facts and the time."""
-        self.write_json(f"{name}.json", {**facts, "time": time.time()})
+        """Write a heartbeat, facts and the time; tried once, for the next one comes soon."""
+        self.write_json(f"{name}.json", {**facts, "time": time.time()}, patient=False)
 
     def facts(self, name: str) -> dict[str, Any] | None:
         """Return parsed JSON, or None where it is damaged or went while a folder was listed."""

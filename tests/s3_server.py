@@ -107,7 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.admin()
         fault = self.server.fault(self.command)
         if fault == "cut_put":
-            self.rfile.readline()  # not the whole of it
+            if self.headers.get("Content-Length") != "0":
+                self.rfile.readline()  # not the whole of it
             return self.cut()
         body = self.body()
         if body is None:

@@ -143,7 +143,7 @@ def test_part_of_a_killed_compaction_is_not_seen_and_goes(folder, store, monkeyp
         store.put(other_record(seed))
     real = store.write_bytes
 
-    def killed(name: str, data: bytes) -> None:
+    def killed(name: str, data: bytes, patient: bool = True) -> None:
         if ".runs." in name:
             raise KeyboardInterrupt
         real(name, data)
@@ -165,7 +165,7 @@ def test_parts_stay_few_and_each_run_is_rewritten_a_few_times(folder, store, mon
     written = []
     real = store.write_bytes
 
-    def count(name: str, data: bytes) -> None:
+    def count(name: str, data: bytes, patient: bool = True) -> None:
         real(name, data)
         if ".runs." in name:
             written.append(pq.read_metadata(folder / name).num_rows)
