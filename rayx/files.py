@@ -121,16 +121,27 @@ class Files:
             UnreachableError: The store is away or does not allow it.
             StoreError: It is a link, a device or a folder.
         """
+        while True:
+            data, version = self._read(name, most_bytes)
+            # pyarrow asks for the size and then for so many bytes: of an object that was replaced
+            # by a longer one in between, only a part comes.
+            if self.is_local or self._read(name, most_bytes, version_only=True)[1] == version:
+                return data
+
+    def _read(
+        self, name: str, most_bytes: int | None, version_only: bool = False
+    ) -> tuple[bytes, object]:
+        """Return the content, and what differs where an object was replaced."""
         path = self._path(name)
         self._refuse_link(path)
 
-        def read() -> bytes:
+        def read() -> tuple[bytes, object]:
             with self.filesystem.open_input_file(path) as file:
-                if most_bytes is not None and file.size() > most_bytes:
-                    raise ValueError(
-                        f"it has {file.size():,} bytes, expected at most {most_bytes:,}"
-                    )
-                return file.read()
+                size = file.size()
+                if most_bytes is not None and size > most_bytes:
+                    raise ValueError(f"it has {size:,} bytes, expected at most {most_bytes:,}")
+                version = None if self.is_local else file.metadata()
+                return b"" if version_only else file.read(), version
 
         return self._do(read, f"read {name}")
 
@@ -140,16 +151,15 @@ class Files:
 
     def read_json(self, name: str) -> Any:
         """Return parsed JSON; FileNotFoundError or ValueError where it is missing or broken."""
-        try:
+        tries = 1 if self.is_local else 3  # a part of an object (see `read_bytes`) is no JSON
+        for left in reversed(range(tries)):
             try:
-                return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
+                return json.loads(self._read(name, MOST_JSON_BYTES)[0])
+            except RecursionError:
+                raise ValueError("JSON nested too deep") from None
             except ValueError:
-                if self.is_local:
+                if not left:
                     raise
-                # An object is read in two requests, and may have been replaced between them.
-                return json.loads(self.read_bytes(name, MOST_JSON_BYTES))
-        except RecursionError:
-            raise ValueError("JSON nested too deep") from None
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -189,4 +199,4 @@ class Files:
             files = self._do(names, f"list {folder}")
         except FileNotFoundError:  # pyarrow too: the folder was made while it was looked for
             return []
-        return sorted(n[: -len(suffix)] for n in files if n.endswith(suffix) and n[0] != ".")
+        return sorted(n.removesuffix(suffix) for n in files if n.endswith(suffix) and n[0] != ".")

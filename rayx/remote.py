@@ -133,7 +133,9 @@ def persist(action: Callable[[], T], what: str, seconds: float | None = None) ->
             left = end - time.monotonic() - wait
             if left < 0 or not is_transient(error):
                 raise
-            log.warning("%s: %s; again in %.1f s, for %.0f s more", what, error, wait, left)
+            found = _AWS.search(str(error))
+            brief = found.group() if found else error
+            log.warning("%s: %s; again in %.1f s, for %.0f s more", what, brief, wait, left)
             time.sleep(wait)
             pause = min(2 * pause, longest)
 
@@ -167,4 +169,4 @@ def explain(error: Exception) -> str:
         fix = "It was tried for a while: check the network, the endpoint and the server"
     else:
         fix = "Check the bucket, the region and the permissions"
-    return f"{error}. {fix}"
+    return f"{str(error).rstrip('.')}. {fix}"

@@ -37,7 +37,6 @@ import urllib.request
 import uuid
 from datetime import datetime, timezone
 from email.utils import formatdate
-from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class Disk:
         with self.lock:
             os.replace(part, self.path(bucket, key))
             self.index[bucket][key] = _facts(self.path(bucket, key))
-        return md5(body).hexdigest()
+        return _etag(self.path(bucket, key).stat())
 
     def delete(self, bucket: str, key: str) -> None:
         with self.lock:
@@ -92,6 +91,10 @@ class Disk:
 def _facts(path: Path) -> tuple[int, float]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime
+
+
+def _etag(stat: os.stat_result) -> str:
+    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -202,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
     def get_object(self, _: bytes) -> None:
         try:
             with open(self.server.disk.path(self.bucket, self.key), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
+                stat = os.fstat(file.fileno())
+                size = stat.st_size
                 first, last, status, headers = 0, size - 1, 200, {"Accept-Ranges": "bytes"}
                 if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                     first = int(wanted[1])
@@ -210,9 +214,8 @@ class Handler(BaseHTTPRequestHandler):
                     if first > last:
                         return self.error(416, "InvalidRange", "The range is not satisfiable")
                     status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{size}"
-                headers |= {
-                    "Last-Modified": formatdate(os.fstat(file.fileno()).st_mtime, usegmt=True)
-                }
+                headers["Last-Modified"] = formatdate(stat.st_mtime, usegmt=True)
+                headers["ETag"] = f'"{_etag(stat)}"'
                 if self.command == "HEAD":
                     return self.answer(status, headers=headers | {"Content-Length": str(size)})
                 file.seek(first)
@@ -257,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         part = self.server.disk.scratch / uuid.uuid4().hex
         part.write_bytes(body)
         os.replace(part, folder / str(int(self.query["partNumber"])))
-        self.answer(200, headers={"ETag": f'"{md5(body).hexdigest()}"'})
+        self.answer(200, headers={"ETag": f'"{uuid.uuid4().hex}"'})
 
     def delete_upload(self, _: bytes) -> None:
         shutil.rmtree(self.server.disk.uploads / self.query["uploadId"], ignore_errors=True)
