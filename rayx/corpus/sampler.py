@@ -43,7 +43,8 @@ class Sampler:
         self.batch_sequences = batch_sequences
         self.data_seed = data_seed
         self.drawn_K = np.zeros(len(self.domains), dtype=np.int64)  # items taken so far
-        self._sequences_K = np.array([sequences[d] for d in self.domains])
+        self._sequences = [int(sequences[d]) for d in self.domains]
+        self._mixture: Mixture | None = None  # of the last step
         self._start = float(generator("offset", data_seed).random())
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # domain index -> (epoch, order)
 
@@ -51,7 +52,7 @@ class Sampler:
         cached = self._orders.get(k)
         if cached is None or cached[0] != epoch:
             rng = generator("order", self.data_seed, self.domains[k], epoch)
-            cached = self._orders[k] = (epoch, rng.permutation(self._sequences_K[k]))
+            cached = self._orders[k] = (epoch, rng.permutation(self._sequences[k]))
         return cached[1]
 
     def step(self, step: int, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
@@ -64,20 +65,21 @@ class Sampler:
         Returns:
             Domain indices (into `domains`) and sequence numbers, each of shape (B,).
         """
-        upper_K = np.cumsum([mixture.millionths.get(d, 0) for d in self.domains]) / 1e6
+        if mixture is not self._mixture:  # the same one for most of the steps
+            parts = [mixture.millionths.get(d, 0) for d in self.domains]
+            self._mixture, self._upper_K = mixture, np.cumsum(parts) / 1e6
         offset = (self._start + step * _GOLDEN) % 1.0
         points_B = (np.arange(self.batch_sequences) + offset) / self.batch_sequences
-        domain_B = np.searchsorted(upper_K, points_B, side="right")
-        sequence_B = np.empty(self.batch_sequences, dtype=np.int64)
-        for k in np.unique(domain_B):
-            items = np.flatnonzero(domain_B == k)
-            numbers = self.drawn_K[k] + np.arange(len(items))
-            epochs, places = numbers // self._sequences_K[k], numbers % self._sequences_K[k]
-            for epoch in np.unique(epochs):
-                at = epochs == epoch
-                sequence_B[items[at]] = self._order(int(k), int(epoch))[places[at]]
-            self.drawn_K[k] += len(items)
-        return domain_B, sequence_B
+        domain_B = np.searchsorted(self._upper_K, points_B, side="right")
+        parts = []
+        for k, wanted in enumerate(np.bincount(domain_B).tolist()):  # points, so domains, ascend
+            while wanted:
+                epoch, place = divmod(int(self.drawn_K[k]), self._sequences[k])
+                part = self._order(k, epoch)[place : place + wanted]
+                parts.append(part)
+                self.drawn_K[k] += len(part)
+                wanted -= len(part)
+        return domain_B, np.concatenate(parts)
 
     def drawn(self) -> dict[str, int]:
         """Return domain -> sequences read so far; with the step, all there is to know to go on."""
@@ -85,7 +87,7 @@ class Sampler:
 
     def epochs(self) -> dict[str, float]:
         """Return the passes over each domain so far, domains not read left out."""
-        passes_K = self.drawn_K / self._sequences_K
+        passes_K = self.drawn_K / np.array(self._sequences)
         return {d: float(p) for d, p in zip(self.domains, passes_K, strict=True) if p > 0}
 
 
@@ -109,4 +111,7 @@ def sequence_count(num_tokens: int, context: int) -> int:
 
 def take(tokens: np.ndarray, sequence_B: np.ndarray, context: int) -> np.ndarray:
     """Return sequences with one token more for the targets, shape (B, context + 1), int64."""
-    return tokens[sequence_B[:, None] * context + np.arange(context + 1)].astype(np.int64)
+    out_BT = np.empty((len(sequence_B), context + 1), dtype=np.int64)
+    for row, start in zip(out_BT, (sequence_B * context).tolist(), strict=True):
+        row[:] = tokens[start : start + context + 1]
+    return out_BT

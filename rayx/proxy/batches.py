@@ -43,7 +43,7 @@ class Batches:
         wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
         for spec in specs:
             spec.schedule.average().check(corpus.domains, f"corpus {corpus.fingerprint}")
-        self.shards = [corpus.train(d) for d in corpus.domains if d in wanted]
+        self.shards = [np.asarray(corpus.train(d)) for d in corpus.domains if d in wanted]
         self.domains = [d for d in corpus.domains if d in wanted]
         sequences = {
             domain: sequence_count(len(shard), self.context)
@@ -68,13 +68,15 @@ class Batches:
         for sampler, steering in zip(self.samplers, steerings, strict=True):
             domain_B, sequence_B = sampler.step(self.steps_before + step, steering.mixture(step))
             domain_B, sequence_B = domain_B[self.rows], sequence_B[self.rows]
-            batch = np.empty((len(domain_B), self.context + 1), dtype=np.int64)
-            for k in np.unique(domain_B):
-                at = domain_B == k
-                batch[at] = take(self.shards[k], sequence_B[at], self.context)
-            rows.append(batch)
+            ends = np.flatnonzero(np.diff(domain_B)) + 1  # of a domain's rows: they lie together
+            firsts = domain_B[[0, *ends]].tolist()
+            rows += [
+                take(self.shards[k], sequences, self.context)
+                for k, sequences in zip(firsts, np.split(sequence_B, ends), strict=True)
+            ]
             domains.append(domain_B)
-        return torch.from_numpy(np.stack(rows)), np.stack(domains)
+        tokens = np.concatenate(rows).reshape(len(domains), -1, self.context + 1)
+        return torch.from_numpy(tokens), np.stack(domains)
 
     def drawn(self) -> list[dict[str, int]]:
         """Return for each run domain -> sequences read so far."""

@@ -67,6 +67,9 @@ class PackedAdamW:
         device = parameters["norm"].device
         self.lr_R = torch.tensor([s.optimizer.lr for s in specs], device=device)
         self.decay_R = torch.tensor([s.optimizer.weight_decay for s in specs], device=device)
+        norms = [name for name in parameters if name.endswith("norm")]
+        self.kinds = ([name for name in parameters if name not in norms], norms)
+        self.views: list[list[list[list[Tensor]]]] = []  # by run, kind, group: for a CPU
         before = specs[0].parent.path_steps if specs[0].parent else 0
         self.updates = before if updates is None else updates  # that are in the moments
 
@@ -109,21 +112,25 @@ class PackedAdamW:
     ) -> None:
         """Update run by run, each tensor in one pass over memory."""
         o, updates = self.optimizer, torch.tensor(float(self.updates))
+        if not self.views:
+            self.views = [
+                [[[group[n][run] for n in names] for group in self.tensors] for names in self.kinds]
+                for run in range(len(self.specs))
+            ]
         for run, spec in enumerate(self.specs):
             if not alive_R[run]:
                 continue
-            for decayed in (True, False):
-                names = [n for n in grads if n.endswith("norm") is not decayed]
-                grad = [grads[n][run] for n in names]
+            decays = (spec.optimizer.weight_decay, 0.0)
+            for names, decay, views in zip(self.kinds, decays, self.views[run], strict=True):
+                grad = [grads[name][run] for name in names]
                 if scale_R[run] < 1:
                     for part in grad:
                         part.mul_(scale_R[run])
+                parameters, first, second = views
                 torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]: AdamW's own
-                    [self.parameters[n][run] for n in names], grad,
-                    [self.first[n][run] for n in names], [self.second[n][run] for n in names],
-                    [], [updates] * len(names), amsgrad=False, maximize=False,
-                    lr=spec.optimizer.lr * lr_share, beta1=o.beta1, beta2=o.beta2, eps=o.eps,
-                    weight_decay=spec.optimizer.weight_decay if decayed else 0.0,
+                    parameters, grad, first, second, [], [updates] * len(names),
+                    lr=spec.optimizer.lr * lr_share, weight_decay=decay, eps=o.eps,
+                    beta1=o.beta1, beta2=o.beta2, amsgrad=False, maximize=False,
                 )  # fmt: skip
         for name in grads:
             self.parameters[name].grad = None

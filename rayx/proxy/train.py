@@ -145,6 +145,7 @@ def train_pack(
         place.type, torch.bfloat16, enabled=spec.precision is Precision.BFLOAT16
     )
     eval_steps = {round(spec.steps * (i + 1) / evaluation.points) for i in range(evaluation.points)}
+    kept = [frozenset(keep.get(s.run_id, ())) for s in specs]
     curves = [list(run.curve) for run in resumed.runs]
     failures = [run.failure for run in resumed.runs]
     alive_R = torch.tensor([failure is None for failure in failures], device=place)
@@ -212,7 +213,7 @@ def train_pack(
                         CurvePoint(step + 1, (step + 1) * spec.batch_tokens, by_target)
                     )
         for run, s in enumerate(specs):
-            if step + 1 in keep.get(s.run_id, ()) and failures[run] is None and store is not None:
+            if step + 1 in kept[run] and failures[run] is None and store is not None:
                 groups = [{n: t[run] for n, t in group.items()} for group in team.whole()]
                 if team.rank == 0:
                     state = State(*groups, drawn=batches.samplers[run].drawn())
