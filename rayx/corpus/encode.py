@@ -41,7 +41,7 @@ def encode_table(table: pa.Table, tokenizer_json: str, dtype: str) -> pa.Table:
         ids = [a for e in encoded for a in (np.array(e.ids, dtype), eos)]
         blobs.append(np.concatenate(ids).tobytes())
         documents.append(len(texts))
-        sizes.append(sum(len(text.encode()) for text in texts))
+        sizes.append(sum(len(t) if t.isascii() else len(t.encode()) for t in texts))
     return pa.table({"ids": pa.array(blobs, pa.large_binary()), "documents": documents,
                      "bytes": sizes})  # fmt: skip
 

@@ -1,20 +1,26 @@
 """Stage 1, corpus: where the text comes from, and the documents in it.
 
-A source is files (Parquet, JSONL, plain text; local or remote) or a Hugging Face hub name; all of
-them are read by the `datasets` library. A source names one domain, or the column that holds each
-document's domain. Whatever cannot be a document is counted by its reason, never dropped silently;
-whatever would spoil the whole source is a CorpusError before any work is done.
+A source is files (Parquet, JSONL, plain text; local or remote) or a Hugging Face hub name. Local
+JSONL and text are read here, never more than MOST_BYTES at once however much a compressed file
+expands to; the `datasets` library reads the rest. A source names one domain, or the column that
+holds each document's domain. Whatever cannot be a document is counted by its reason, never dropped
+silently; whatever would spoil the whole source is a CorpusError before any work is done.
 
-JSONL is read as lines and parsed here, so that a broken line is named by file and number and a
+JSONL is parsed here line by line, so that a broken line is named by file and number and a
 value of an unexpected type spoils only its own document. Invalid UTF-8 decodes to U+FFFD, so a
 document that holds U+FFFD is skipped as invalid.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import logging
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
@@ -26,6 +32,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+MOST_BYTES = 100_000_000  # of a document, decompressed
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what compressed files raise
 FORMATS = ("parquet", "jsonl", "json", "txt", "hub")
 
 
@@ -229,8 +237,10 @@ def _reason_to_skip(text: Any) -> str | None:
         return "null text"
     if not isinstance(text, str):
         return "text is not a string"
-    if not text.strip():
+    if not text or text.isspace():
         return "empty"
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
@@ -254,6 +264,12 @@ def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
 
     columns = (source.text_column, source.domain_column, source.group_column)
     try:
+        if location.format == "txt" and location.local:
+            for file in location.files:
+                with _open(file) as stream:
+                    text = _bounded(stream.read(MOST_BYTES + 1), file).decode("utf-8", "replace")
+                yield {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
+            return
         if location.format == "txt":
             options = {"sample_by": "document", "encoding_errors": "replace"}
             yield from _load(source, location.files, "text", **options)
@@ -266,7 +282,7 @@ def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
             _check_columns(source, f"Source {source.path!r}", list(data.column_names))
             data = data.select_columns(sorted({c for c in columns if c is not None}))
         yield from data
-    except (OSError, EOFError, ValueError, pa.ArrowException, DatasetsError) as error:
+    except (*BROKEN, ValueError, pa.ArrowException, DatasetsError) as error:
         what = "is no local file or folder, and cannot be read as a hub dataset"
         if location.format != "hub":
             what = f"cannot be read as {location.format} (files: {', '.join(location.files[:3])})"
@@ -278,18 +294,50 @@ def _json_rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
 
     for file in location.files:
         try:
-            lines = _load(source, (file,), "text", encoding_errors="replace")
+            if location.local:
+                lines = _lines(file)
+            else:
+                rows = _load(source, (file,), "text", encoding_errors="replace")
+                lines = (row["text"] for row in rows)
             for number, line in enumerate(lines, 1):
-                if line["text"].strip():
-                    yield _json_row(file, number, line["text"])
-        except (OSError, EOFError, DatasetsError) as error:
+                if line and not line.isspace():
+                    yield _json_row(file, number, line)
+        except (*BROKEN, DatasetsError) as error:
             raise CorpusError(f"Source file {file!r} cannot be read: {error}") from error
+
+
+def _open(file: str) -> Any:
+    """Open a local file for reading bytes, decompressed by its suffix."""
+    import pyarrow as pa
+
+    def zstd(file: str) -> Any:
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"))  # pyright: ignore[reportArgumentType]
+
+    openers: dict[str, Callable[[str], Any]] = {
+        ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd,
+    }  # fmt: skip
+    return openers.get(Path(file).suffix.lower(), lambda file: open(file, "rb"))(file)
+
+
+def _lines(file: str) -> Iterator[str]:
+    with _open(file) as stream:
+        while line := stream.readline(MOST_BYTES + 1):
+            yield _bounded(line, file).decode("utf-8", "replace")
+
+
+def _bounded(data: bytes, file: str) -> bytes:
+    if len(data) > MOST_BYTES:
+        raise CorpusError(
+            f"Source file {file!r} has a document of more than {MOST_BYTES:,} bytes; expected less "
+            "than that. Cut it into pieces, or see whether the file is what it should be."
+        )
+    return data
 
 
 def _json_row(file: str, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(
             f"{file!r}, line {number}: not JSON ({error}); JSONL has one object per line."
         ) from None

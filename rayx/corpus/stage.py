@@ -37,7 +37,8 @@ SPLITS = ("train", "heldout")
 
 def document_hash(text: str) -> bytes:
     """Return 16 bytes that agree for texts equal up to NFC form and white space."""
-    normal = " ".join(unicodedata.normalize("NFC", text).split())
+    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+    normal = " ".join(composed.split())
     return blake2b(normal.encode(), digest_size=16).digest()
 
 
@@ -179,7 +180,8 @@ def _stage(
         seen.add(digest)
         split = _split(document, digest, source.evaluation_only, share, seed)
         parts.add(document.domain, split, digest, document.text)
-        num_bytes = len(document.text.encode())
+        text = document.text
+        num_bytes = len(text) if text.isascii() else len(text.encode())
         tally.documents[split] += 1
         tally.bytes[split] += num_bytes
         advance(1, num_bytes)
