@@ -11,7 +11,10 @@ with a warning, rows whose record is gone are left out, and records that no part
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Changes = tuple[list[str], frozenset[str]]
 ROWS: Mapping[str, Callable[[Record], list[dict[str, Any]]]] = {  # in the order of writing
     "evals": Record.eval_rows,
     "decisions": Record.decision_rows,
@@ -114,6 +118,7 @@ class Parts:
         self._listed: set[str] = set()
         self._damaged: set[str] = set()
         self._usable: tuple[list[Part], frozenset[str]] | None = None  # of the parts in `_open`
+        self._looked: tuple[frozenset[str], bytes, Changes] | None = None  # the last `_changes`
 
     # Reading ----------------------------------------------------------------------------------
 
@@ -138,10 +143,32 @@ class Parts:
     def _snapshot(self) -> Snapshot:
         parts, known = self._usable_parts()
         failed = self.store.names("failures")
-        new, gone = self.store.changes("records", known)
+        new, gone = self._changes(known)
         failed = [run_id for run_id in failed if run_id not in known or run_id in gone]
         live = self.store.records(sorted({*failed, *new}))
         return Snapshot(self.store, parts, gone, live)
+
+    def _changes(self, known: frozenset[str]) -> Changes:
+        """Return the runs on record that the parts do not know, and those they know that went."""
+        place = self.store.path("records")
+        local = isinstance(self.store.filesystem, fs.LocalFileSystem)
+        files = []
+        if local:  # twice as fast as `names` for a million
+            with contextlib.suppress(FileNotFoundError):
+                files = os.listdir(place)
+        else:
+            files = [f"{name}.json" for name in self.store.names("records")]
+        # Telling a million names apart takes as long again: not where they are those of last time.
+        digest = hashlib.sha256("/".join(files).encode(errors="surrogateescape")).digest()
+        if self._looked is not None and self._looked[0] is known and self._looked[1] == digest:
+            return self._looked[2]
+        run_ids = [file[: -len(".json")] for file in files if file.endswith(".json")]
+        new = [run_id for run_id in run_ids if run_id not in known]
+        gone = known.difference(run_ids) if len(run_ids) - len(new) < len(known) else frozenset()
+        if local:
+            new = [r for r in new if r[:1] != "." and os.path.isfile(f"{place}/{r}.json")]
+        self._looked = known, digest, (sorted(new), gone)
+        return self._looked[2]
 
     def _usable_parts(self) -> tuple[list[Part], frozenset[str]]:
         """Return parts that share no run, largest first, and the runs that they hold."""
@@ -234,7 +261,7 @@ class Parts:
 
     def _compact(self, parts: list[Part], known: frozenset[str]) -> int:
         spare = self._listed - {part.name for part in parts}
-        new, gone = self.store.changes("records", known)
+        new, gone = self._changes(known)
         stale = [p for p in parts if gone and not gone.isdisjoint(p.run_ids.to_pylist())]
         for start in range(0, max(len(new), min(1, len(stale))), BATCH_RUNS):
             records = self.store.records(new[start : start + BATCH_RUNS])

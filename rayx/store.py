@@ -14,8 +14,8 @@ store: at worst they do one run twice. Reading needs neither Ray nor torch. All 
 must see the path.
 
 A table is the parts plus the records that came since, without the rows whose record has gone, so
-each look lists records/: 0.4 s for a million names on a local disk, and a request for each thousand
-in an object store.
+each look lists records/: 0.4 s for a million names on a local disk, 0.4 s more to tell what is new
+among them if any is, and a request for each thousand in an object store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-from pyarrow import fs
 
 from rayx import tables
 from rayx.errors import RayxError, StoreError, UnreachableError
@@ -99,23 +98,6 @@ class Store(Files):
         """Return run_id -> `ok` or `failed` for every run that has ended."""
         failed = dict.fromkeys(self.names("failures"), "failed")
         return failed | dict.fromkeys(self.names("records"), "ok")
-
-    def changes(self, folder: str, known: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-        """Return the stems of a folder's JSON files that are not known, and the known that went."""
-        if isinstance(self.filesystem, fs.LocalFileSystem):  # faster than `names` for a million
-            try:
-                files = os.listdir(self.path(folder))
-            except FileNotFoundError:
-                files = []
-            stems = [file[: -len(".json")] for file in files if file.endswith(".json")]
-        else:
-            stems = self.names(folder)
-        new = [stem for stem in stems if stem not in known]
-        gone = known.difference(stems) if len(stems) - len(new) < len(known) else frozenset()
-        if new and isinstance(self.filesystem, fs.LocalFileSystem):
-            place = self.path(folder)
-            new = [s for s in new if s[:1] != "." and os.path.isfile(f"{place}/{s}.json")]
-        return sorted(new), gone
 
     def get(self, run_id: str) -> Record:
         """Return one record.
