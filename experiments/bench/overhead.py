@@ -1,12 +1,15 @@
 """What does the sweep cost over the bare training loop?
 
-    python experiments/bench/overhead.py [--runs 64] [--tokens 240000] [--trivial 128] [--json]
+    python experiments/bench/overhead.py [--runs 64] [--tokens 240000] [--trivial 128]
+        [--processes 8] [--json]
 
 Two questions, each paired in one run on this machine:
 
 1. Quickstart proxies: the same runs (a) in a plain loop in one process with as many threads as
-   cores, (b) in plain loops in as many processes of one thread as there are cores, (c) as a sweep.
-   `ratio` is c / b with Ray's start-up counted, `ratio_warm` without it; a is what people write.
+   cores, (b) in plain loops in as many processes of one thread as there are cores, (c) as a sweep,
+   (d) in a process of its own each, as shell scripts do, one after another per core.
+   `ratio` is c / b with Ray's start-up counted, `ratio_warm` without it; a and d are what people
+   write. d is measured on --processes runs and scaled to all, since each costs the same.
 2. Trivial runs (no training) in packs of one: seconds of a trial in a sweep, over a plain loop.
 """
 
@@ -17,9 +20,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -61,6 +66,29 @@ def timed_processes(specs: list[TrainSpec], corpus_url: str, processes: int, thr
     return time.perf_counter() - began
 
 
+ONE_RUN = """
+import json, sys
+from rayx import Corpus, TrainSpec
+from rayx.proxy import set_threads, train_pack
+set_threads(1)
+spec = TrainSpec.from_json(json.loads(sys.argv[2]))
+train_pack([spec], Corpus.load(sys.argv[1]))
+"""
+
+
+def timed_one_process_each(specs: list[TrainSpec], corpus_url: str, at_once: int) -> float:
+    """Return the wall seconds of the runs in a fresh python each, so many at a time."""
+
+    def run(spec: TrainSpec) -> None:
+        arguments = [sys.executable, "-c", ONE_RUN, corpus_url, json.dumps(spec.to_json())]
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, specs))
+    return time.perf_counter() - began
+
+
 def trivial_pack(
     specs, corpus, *, pack_id, commit, device, on_progress, store=None, keep=None
 ) -> list[Record]:
@@ -75,7 +103,7 @@ def trivial_pack(
     ]  # fmt: skip
 
 
-def measure(runs: int, tokens: int, trivial: int) -> dict:
+def measure(runs: int, tokens: int, trivial: int, processes: int) -> dict:
     """Measure what a sweep costs over the bare training loop, and return the figures."""
     quickstart = load_experiment(QUICKSTART)
     parameters = quickstart.Parameters(proxies=max(runs, 16), proxy_tokens=tokens)
@@ -86,6 +114,10 @@ def measure(runs: int, tokens: int, trivial: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result["bare_one_process_seconds"] = timed_processes(specs, corpus.url, 1, cores)
         result["bare_process_per_core_seconds"] = timed_processes(specs, corpus.url, cores, 1)
+        few = specs[: max(cores, processes // cores * cores)]  # whole rounds
+        seconds = timed_one_process_each(few, corpus.url, cores)
+        result["process_per_run_seconds"] = seconds / len(few) * runs
+        result["process_per_run_measured"] = len(few)
         began = time.perf_counter()
         connect(Placement())
         result["ray_start_seconds"] = time.perf_counter() - began
@@ -98,6 +130,10 @@ def measure(runs: int, tokens: int, trivial: int) -> dict:
         result["ratio_to_one_process"] = (
             result["sweep_seconds"] + result["ray_start_seconds"]
         ) / result["bare_one_process_seconds"]
+
+        result["ratio_to_process_per_run"] = (
+            result["sweep_seconds"] + result["ray_start_seconds"]
+        ) / result["process_per_run_seconds"]
 
         mixtures = [Mixture({"code": 1 + i, "docs": 1}) for i in range(trivial)]
         many = [
@@ -129,9 +165,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=240_000)
     parser.add_argument("--trivial", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=8, help="runs of a process each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    result = measure(arguments.runs, arguments.tokens, arguments.trivial)
+    result = measure(arguments.runs, arguments.tokens, arguments.trivial, arguments.processes)
     if arguments.json:
         print(json.dumps(result))
         return
