@@ -37,7 +37,7 @@ class StoreError(RayxError):
 
 
 class UnreachableError(StoreError):
-    """A store is away or does not let us in: it says nothing about what the store holds."""
+    """A store or corpus is away or does not let us in, which says nothing about what it holds."""
 
 
 class SweepError(RayxError):

@@ -7,7 +7,6 @@ An object store that is busy or away is waited for (`rayx.remote`); what stays i
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -20,8 +19,8 @@ from typing import Any, TypeVar
 
 from pyarrow import fs
 
-from rayx.errors import StoreError, UnreachableError
-from rayx.remote import explain, persist
+from rayx.errors import StoreError
+from rayx.remote import reach
 
 T = TypeVar("T")
 MOST_JSON_BYTES = 256_000_000  # the specs of 100,000 runs take a quarter of it
@@ -67,15 +66,7 @@ class Files:
             )
 
     def _do(self, action: Callable[[], T], what: str, patient: bool = True) -> T:
-        """Do something, with patience where the store is busy or away; see `persist`."""
-        try:
-            return persist(action, f"Store {self.url}", None if patient else 0.0)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            kind = StoreError if error.errno in (errno.EISDIR, errno.ENOTDIR) else UnreachableError
-            fix = " Check permission and space." if self.is_local else ""
-            raise kind(f"Cannot {what} in store {self.url!r}: {explain(error)}.{fix}") from error
+        return reach(action, what, self.url, None if patient else 0.0)
 
     def write_bytes(self, name: str, data: bytes, patient: bool = True) -> None:
         """Write a file so that readers see either the old content or all of the new.

@@ -9,6 +9,7 @@ logged and recorded.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -21,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from rayx.errors import StoreError
+from rayx.errors import StoreError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,10 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(url)
     refuse_secrets(url)
     try:
-        filesystem, root = persist(lambda: fs.FileSystem.from_uri(url), f"URL {url}")
+        filesystem, root = persist(lambda: fs.FileSystem.from_uri(url), url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise StoreError(
-            f"URL {url!r} cannot be opened: {explain(error)}. Expected a local path, s3:// or gs://."
+            f"URL {url!r} cannot be opened: {error}. Expected a local path, s3:// or gs://."
         ) from error
     if isinstance(filesystem, fs.S3FileSystem):
         filesystem = _patient(filesystem, url)
@@ -140,6 +141,29 @@ def persist(action: Callable[[], T], what: str, seconds: float | None = None) ->
             pause = min(2 * pause, longest)
 
 
+def reach(action: Callable[[], T], what: str, url: str, seconds: float | None = None) -> T:
+    """Do something with a store or corpus, with patience (see `persist`).
+
+    Args:
+        action: What to do; it may be done several times.
+        what: For the error, e.g. `read NAME`.
+        url: Of the store or corpus.
+        seconds: How long to try; see `persist`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UnreachableError: It is away, full or not allowed.
+        StoreError: It is a folder, or not in one.
+    """
+    try:
+        return persist(action, url, seconds)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        kind = StoreError if error.errno in (errno.EISDIR, errno.ENOTDIR) else UnreachableError
+        raise kind(f"Cannot {what} in {url!r}: {explain(error)}.") from error
+
+
 def is_transient(error: OSError) -> bool:
     """Whether an object store may do tomorrow what it did not do now."""
     found = _AWS.search(str(error))
@@ -153,7 +177,7 @@ def explain(error: Exception) -> str:
     """Return an error's text with what to do about it."""
     found = _AWS.search(str(error))
     if found is None:
-        return str(error)
+        return f"{str(error).rstrip('.')}. Check permission and space"
     code, status, operation = found.groups()
     if code == "ACCESS_DENIED" or status == "403":
         needed = _PERMISSION.get(operation, "s3:PutObject")

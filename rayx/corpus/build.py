@@ -47,6 +47,7 @@ from rayx.corpus.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from rayx.corpus.transfer import build_folder, upload
 from rayx.errors import CorpusError
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def build_corpus(
 
     Args:
         sources: Where the text comes from.
-        out: Local folder: new, empty, or of the same build.
+        out: Folder: new, empty, or of the same build. For an s3:// or gs:// URL the corpus is built
+            in the cache of this node and then uploaded.
         tokenizer: Vocabulary size of a byte-level BPE to train on the train documents (>= 260),
             a tokenizers JSON file, or a Hugging Face name.
         heldout_share: Expected share of documents (or groups) held out, in (0, 0.5].
@@ -86,12 +88,20 @@ def build_corpus(
         CorpusError: A parameter, source or the output folder cannot be used, a domain has no
             train documents or too few held-out tokens, or another build writes there.
     """
-    out = Path(out).expanduser().absolute()
     _check_parameters(sources, tokenizer, heldout_share, min_heldout_tokens, seed)
     located = [(s, locate(s)) for s in sources]
     given = None if isinstance(tokenizer, int) else load_tokenizer(str(tokenizer))
     given_json = given.to_str() if given else None
     key = _build_key(located, given_json or str(tokenizer), heldout_share, seed)
+    if "://" in str(out):
+        if folder := build_folder(str(out), key):
+            build_corpus(
+                sources, folder, tokenizer=tokenizer, heldout_share=heldout_share,
+                min_heldout_tokens=min_heldout_tokens, seed=seed, parallel=parallel,
+            )  # fmt: skip
+            upload(folder, str(out))
+        return Corpus.load(str(out))
+    out = Path(out).expanduser().absolute()
     _check_out(out)
     with _locked(out):
         if _already_built(out, key):

@@ -2,7 +2,8 @@
 
 A corpus is a folder: `manifest.json` (written last, so it exists only for a finished corpus),
 `tokenizer.json` and `domains/<name>/{train,heldout}.bin`. Its fingerprint is a hash of tokenizer
-and shards and does not depend on where or when it was built.
+and shards and does not depend on where or when it was built. One on an object store is used from
+copies on this node, each shard fetched when it is first asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tokenizers import Tokenizer
 
 from rayx.corpus.manifest import REBUILD, read_manifest
 from rayx.corpus.tokenizer import plain
+from rayx.corpus.transfer import fetch, read_chunks
 from rayx.errors import CorpusError, did_you_mean
+from rayx.remote import locate, reach
 
 
 class Corpus:
@@ -47,9 +50,10 @@ class Corpus:
         url = str(url)
         filesystem, root = _open(url)
         # absolute, because a Ray worker that gets this object has another working directory
-        corpus = cls(url if "://" in url else root, read_manifest(filesystem, root))
+        corpus = cls(url if "://" in url else root, read_manifest(filesystem, root, url))
         files = [(name, size) for name, size, _ in corpus._files()]
-        infos = filesystem.get_file_info([f"{root}/{name}" for name, _ in files])
+        paths = [f"{root}/{name}" for name, _ in files]
+        infos = reach(lambda: filesystem.get_file_info(paths), "look for the shards", url)
         for (name, size), info in zip(files, infos, strict=True):
             if info.type != fs.FileType.File:
                 raise CorpusError(f"Corpus {url}: {name} is missing ({size} bytes). {REBUILD}")
@@ -125,14 +129,12 @@ class Corpus:
     def train(self, domain: str) -> np.memmap:
         """Return a domain's train tokens, 1-d, read from disk as they are used.
 
+        Of a remote corpus the shard is fetched first, once a node.
+
         Raises:
             CorpusError: No such domain, or it is evaluation-only.
         """
-        if self._target(domain)["evaluation_only"]:
-            raise CorpusError(
-                f"{domain!r} is evaluation-only in corpus {self.url}: it has no train tokens. "
-                f"Domains to train on: {', '.join(self.domains)}."
-            )
+        self.check_target(domain, "train")
         return self._map(domain, "train")
 
     def heldout(self, target: str) -> np.memmap:
@@ -141,14 +143,27 @@ class Corpus:
         Raises:
             CorpusError: No such target.
         """
-        self._target(target)
+        self.check_target(target, "heldout")
         return self._map(target, "heldout")
+
+    def check_target(self, name: str, split: str) -> None:
+        """Refuse a target that has no such tokens, `train` or `heldout`.
+
+        Raises:
+            CorpusError: No such target, or it is evaluation-only.
+        """
+        if split == "train" and self._target(name)["evaluation_only"]:
+            raise CorpusError(
+                f"{name!r} is evaluation-only in corpus {self.url}: it has no train tokens. "
+                f"Domains to train on: {', '.join(self.domains)}."
+            )
+        self._target(name)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, with special tokens inside a text taken as plain text."""
         filesystem, root = _open(self.url)
-        with filesystem.open_input_file(f"{root}/{self.manifest['tokenizer']['file']}") as file:
-            return plain(file.read().decode())
+        path = f"{root}/{self.manifest['tokenizer']['file']}"
+        return plain(b"".join(read_chunks(filesystem, path, self.url)).decode())
 
     def verify(self) -> None:
         """Read every file and compare its hash.
@@ -158,10 +173,9 @@ class Corpus:
         """
         filesystem, root = _open(self.url)
         for name, _, expected in self._files():
-            with filesystem.open_input_file(f"{root}/{name}") as file:
-                digest = hashlib.sha256()
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+            digest = hashlib.sha256()
+            for chunk in read_chunks(filesystem, f"{root}/{name}", self.url):
+                digest.update(chunk)
             if digest.hexdigest() != expected:
                 raise CorpusError(
                     f"Corpus {self.url}: the content of {name} has changed (sha256 "
@@ -177,9 +191,11 @@ class Corpus:
         return self._domains[name]
 
     def _map(self, name: str, split: str) -> np.memmap:
-        if "://" in self.url and not self.url.startswith("file://"):
-            raise CorpusError(f"Corpus {self.url}: tokens can only be mapped from a local copy.")
-        file = Path(_open(self.url)[1]) / self._domains[name][split]["file"]
+        filesystem, root = _open(self.url)
+        facts = self._domains[name][split]
+        file = Path(f"{root}/{facts['file']}")
+        if not isinstance(filesystem, fs.LocalFileSystem):
+            file = fetch(filesystem, str(file), facts, self.url)
         return np.memmap(file, dtype=self.manifest["dtype"], mode="r")
 
     def _files(self) -> list[tuple[str, int, str]]:
@@ -189,7 +205,4 @@ class Corpus:
 
 
 def _open(url: str) -> tuple[fs.FileSystem, str]:
-    if "://" in url:
-        filesystem, root = fs.FileSystem.from_uri(url)
-        return filesystem, root.rstrip("/")
-    return fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+    return locate(url if "://" in url else str(Path(url).expanduser().absolute()))

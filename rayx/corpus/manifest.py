@@ -17,6 +17,7 @@ from rayx.corpus.stage import SPLITS, Tally
 from rayx.corpus.tokenizer import eos_id, num_ids
 from rayx.errors import UNREADABLE, CorpusError
 from rayx.recipe import is_int
+from rayx.remote import reach
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -98,21 +99,25 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(partial_file, file)
 
 
-def read_manifest(filesystem: fs.FileSystem, root: str) -> dict[str, Any]:
-    """Read the manifest of the corpus at `root`.
+def read_manifest(filesystem: fs.FileSystem, root: str, url: str) -> dict[str, Any]:
+    """Read the manifest of the corpus at `root`, which is `url` to the user.
 
     Raises:
         CorpusError: There is none, it is not JSON, of another version, or was edited.
     """
     file = f"{root}/{MANIFEST}"
-    try:
+
+    def read() -> bytes:
         with filesystem.open_input_file(file) as stream:
             if stream.size() > MOST_MANIFEST_BYTES:
                 raise ValueError(f"it has {stream.size():,} bytes, at most {MOST_MANIFEST_BYTES:,}")
-            manifest = json.loads(stream.read())
+            return stream.read()
+
+    try:
+        manifest = json.loads(reach(read, f"read {MANIFEST}", url))
     except FileNotFoundError:
         raise CorpusError(
-            f"{root} is no corpus: it has no {MANIFEST}. Build one with `rayx corpus build`; an "
+            f"{url} is no corpus: it has no {MANIFEST}. Build one with `rayx corpus build`; an "
             "interrupted build goes on when it is started again."
         ) from None
     except (ValueError, RecursionError) as error:

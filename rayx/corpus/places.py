@@ -40,10 +40,11 @@ def probe_places(corpus: Corpus, probe: Probe, context: int) -> np.ndarray:
         CorpusError: There is no such target, or its part is shorter than one sequence.
     """
     if probe.part != "train":
-        corpus.heldout(probe.target)  # names the targets where there is no such one
+        corpus.check_target(probe.target, "heldout")
         evaluation = Evaluation(sequences=probe.sequences, part=probe.part)
         return heldout_places(corpus, probe.target, context, evaluation)
-    available = sequence_count(len(corpus.train(probe.target)), context)
+    corpus.check_target(probe.target, "train")
+    available = sequence_count(corpus.tokens[probe.target], context)
     if not available:
         raise CorpusError(
             f"Probe {probe.target!r} has {corpus.tokens[probe.target]} training tokens, fewer than "
