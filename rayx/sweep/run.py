@@ -25,6 +25,7 @@ from rayx.store import Store
 from rayx.sweep.cluster import MAX_AHEAD, Room, connect, needs
 from rayx.sweep.loggers import RunLoggers
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
+from rayx.sweep.scheduler import InTurn
 from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
 from rayx.sweep.tries import Attention, Tries
 from rayx.sweep.watcher import Watcher
@@ -267,6 +268,7 @@ def _work(
                 trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
+                    scheduler=InTurn(),
                     num_samples=-1,
                     reuse_actors=True,
                 ),
