@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rayx.errors import UnreachableError
 from rayx.policy import Decision
 from rayx.proxy.checkpoint import metadata
 from rayx.proxy.model import parameter_shapes
@@ -69,7 +70,11 @@ def write_unfinished(store: Store, specs: Sequence[TrainSpec], state: PackState)
         "seconds": state.seconds,
         "runs": [dataclasses.asdict(run) for run in state.runs],
     }
-    store.write_bytes(unfinished(specs), save(tensors, {"state": json.dumps(facts)}))
+    name = unfinished(specs)
+    try:
+        store.write_bytes(name, save(tensors, {"state": json.dumps(facts)}), patient=False)
+    except UnreachableError as error:  # the run does not wait for it, and the next state comes soon
+        log.warning("%s", error)
 
 
 def read_unfinished(store: Store, specs: Sequence[TrainSpec]) -> PackState | None:

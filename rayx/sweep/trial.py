@@ -22,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train.torch import TorchTrainer
 
 from rayx.corpus import Corpus
-from rayx.errors import StoreError
+from rayx.errors import StoreError, UnreachableError
 from rayx.merging import MergeSpec, Spec
 from rayx.record import Failure, Record
 from rayx.spec import Parent, TrainSpec
@@ -174,6 +174,8 @@ class PackTrial(tune.Trainable):
                 store=self.store,
                 keep=self.keep,
             )
+        except UnreachableError:  # no fault of the run: its pack is tried again
+            raise
         except Exception as error:  # the worker's edge: whatever it is, it goes on record
             if len(specs) > 1:
                 # One run may have broken its pack: alone, only the culprit fails.
@@ -208,6 +210,8 @@ class PackTrial(tune.Trainable):
                 if time.monotonic() - beaten > BEAT_SECONDS:
                     beaten = time.monotonic()
                     self._beat(pack_id, specs, 0)
+        except UnreachableError:
+            raise
         except Exception as error:  # as in _train
             left = [spec for spec in specs if spec.run_id not in ended]
             if len(specs) > 1:
