@@ -48,6 +48,12 @@ class Failure:
     message: str
     traceback: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("message", "traceback"):  # a path's odd bytes have no place in a table
+            text = getattr(self, name)
+            if isinstance(text, str) and not text.isascii():
+                object.__setattr__(self, name, text.encode("utf-8", "replace").decode())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
