@@ -26,6 +26,7 @@ from rayx.sweep.cluster import MAX_AHEAD, Room, connect, needs
 from rayx.sweep.loggers import RunLoggers
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
 from rayx.sweep.scheduler import InTurn
+from rayx.sweep.secrets import forward_no_credentials
 from rayx.sweep.trial import Merges, PackTrial, Shelf, Surroundings, TrainPack
 from rayx.sweep.tries import Attention, Tries
 from rayx.sweep.watcher import Watcher
@@ -241,6 +242,7 @@ def _work(
     loggers: RunLoggers,
 ) -> None:
     store, placement = sweep.store, sweep.placement
+    forward_no_credentials()
     connect(placement)
     watcher = Watcher(store, sweep.sweep_id)
     watcher.start()
