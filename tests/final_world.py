@@ -41,13 +41,13 @@ def template(corpus: Corpus, lr: float = 0.01, tied: bool = True) -> TrainSpec:
             layers=2, width=16, heads=2, ffn_width=40, vocab_size=corpus.vocab_size, context=16,
             tied_embeddings=tied,
         ),
-        schedule=Schedule.constant(Mixture({"code": 1}), 40 * BATCH_TOKENS),
+        schedule=Schedule.constant(Mixture({"code": 1}), 24 * BATCH_TOKENS),
         optimizer=Optimizer(lr=lr, batch_sequences=8),
         evaluation=Evaluation(points=2, sequences=16),
     )  # fmt: skip
 
 
-def plan(corpus: Corpus, branches: bool, steps: int = 40) -> Plan:
+def plan(corpus: Corpus, branches: bool, steps: int = 24) -> Plan:
     """Half the steps on one mixture; then another, or an expert for each of two domains."""
     half = steps // 2 * BATCH_TOKENS
     first, second = Mixture({"code": 1, "law": 2}), Mixture({"news": 3, "law": 1})
@@ -78,7 +78,7 @@ def runs(corpus: Corpus, branches: bool) -> list[TrainSpec]:
 def train_all(specs, corpus, store, **settings) -> None:
     keep = kept_steps(specs)
     for spec in specs:
-        record = train_pack([spec], corpus, store=store, keep=keep, **settings)[0]
+        record = train_pack([spec], corpus, store=store, keep=keep, parts=2, **settings)[0]
         if not dist.is_initialized() or dist.get_rank() == 0:
             store.put(record)
 
@@ -94,7 +94,7 @@ def interrupt(spec: TrainSpec, step: int, corpus, store) -> None:
 
     Batches.next = stop
     try:
-        train_pack([spec], corpus, store=store, state_seconds=0.0)
+        train_pack([spec], corpus, store=store, state_seconds=0.0, parts=2)
     except InterruptedError:
         pass
     finally:
@@ -113,7 +113,7 @@ def _work(rank: int, port: int, corpus_url: str, folder: str) -> None:
         train_all(runs(corpus, branches), corpus, rayx.open(f"{folder}/{name}"), **settings)
     (spec,) = runs(corpus, False)
     for name in ("resumed", "resumed-alone"):
-        interrupt(spec, 23, corpus, rayx.open(f"{folder}/{name}"))
+        interrupt(spec, 15, corpus, rayx.open(f"{folder}/{name}"))
     dist.barrier()
     train_all([spec], corpus, rayx.open(f"{folder}/resumed"))
     dist.destroy_process_group()

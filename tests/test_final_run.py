@@ -29,7 +29,7 @@ from tests.final_world import train_in_two_processes as in_two
 from tests.test_cli import run_main
 from tests.test_job import free_ports
 
-CLOSE = 1e-4  # nats; the order of sums differs, the data does not
+CLOSE = 1e-4  # nats; shards are summed in another order, of the same data
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,19 +68,22 @@ def far(one, other) -> float:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("branches", [False, True], ids=["phases", "branches"])
-def test_two_workers_reach_the_losses_of_one(kind, branches, tiny_corpus, stores):
+def test_two_workers_reach_the_losses_of_one_and_without_shards_its_bits(
+    kind, branches, tiny_corpus, stores
+):
     suffix = "-branches" if branches else ""
     one, two = stores["alone" + suffix], stores[kind + suffix]
     specs = runs(tiny_corpus, branches)
     assert len(specs) == (3 if branches else 1)
     for spec in specs:
         first, second = one.get(spec.run_id), two.get(spec.run_id)
-        assert far(first, second) < CLOSE
+        assert same(first, second) if kind == "ddp" else far(first, second) < CLOSE
         assert first.epochs == second.epochs
         ends = [read_checkpoint(s, Parent(spec, spec.steps)) for s in (one, two)]
         assert ends[0].drawn == ends[1].drawn
         for name, tensor in ends[0].parameters.items():
-            assert (tensor - ends[1].parameters[name]).abs().max() < 1e-3
+            difference = (tensor - ends[1].parameters[name]).abs().max()
+            assert difference == 0 if kind == "ddp" else difference < 1e-3
             assert tensor.shape == ends[1].first[name].shape == ends[1].second[name].shape
 
 
@@ -95,10 +98,10 @@ def test_run_of_two_workers_goes_on_with_one(tiny_corpus, stores):
     assert len(list(Path(store.url, "unfinished").glob("*.safetensors"))) == 1
     patch = pytest.MonkeyPatch()
     patch.setattr("rayx.proxy.train.BEAT_SECONDS", 0.0)
-    record = train_pack([spec], tiny_corpus, store=store, on_progress=beats.append)[0]
+    record = train_pack([spec], tiny_corpus, store=store, on_progress=beats.append, parts=2)[0]
     patch.undo()
-    assert beats[0] == 24 * spec.batch_tokens
-    assert far(record, stores["alone"].get(spec.run_id)) < CLOSE
+    assert beats[0] == 16 * spec.batch_tokens
+    assert same(record, stores["alone"].get(spec.run_id))
 
 
 @pytest.fixture
@@ -252,13 +255,21 @@ def until(what, seconds: float = 120.0):
 @pytest.mark.ray
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
 def test_real_group_outlives_a_worker_and_its_driver(shard, study, tiny_corpus, tmp_path):
-    file = written(tmp_path, plan(tiny_corpus, branches=True, steps=600))
+    made = plan(tiny_corpus, branches=True, steps=600)
+    file = written(tmp_path, made)
     rayx_command = str(Path(sys.executable).with_name("rayx"))
     root = str(Path(__file__).parents[1])
+    rate = 0.003  # at 0.01, 600 steps turn a change of 1e-7 in the start into 1% of the loss
 
     def start(store: str, mark: str) -> subprocess.Popen:
         command = [rayx_command, "train", file, study, "--store", store, "--workers", "2"]
-        command += ["--state-seconds", "0.5", *(["--shard"] if shard else [])]
+        command += [
+            "--set",
+            f"lr={rate}",
+            "--state-seconds",
+            "0.5",
+            *(["--shard"] if shard else []),
+        ]
         environment = {**os.environ, "RAYX_TEST": mark, "PYTHONPATH": root}
         with open(tmp_path / f"{mark}.log", "w") as log:
             return subprocess.Popen(
@@ -286,11 +297,12 @@ def test_real_group_outlives_a_worker_and_its_driver(shard, study, tiny_corpus, 
     assert start("stormy", "after").wait(280) == 0, (tmp_path / "after.log").read_text()
     calm, stormy = rayx.open(tmp_path / "calm"), rayx.open(tmp_path / "stormy")
     alone = rayx.open(tmp_path / "alone", create=True)
-    specs = with_ancestors(list(plan(tiny_corpus, True, 600).specs(template(tiny_corpus)).values()))
+    specs = with_ancestors(list(made.specs(template(tiny_corpus, rate)).values()))
     train_all(specs, tiny_corpus, alone)
     for spec in specs:
         assert same(calm.get(spec.run_id), stormy.get(spec.run_id))
-        own = [d for d in spec.schedule.phases[-1].mixture]
-        for domain in own:
+        if not shard:
+            assert same(alone.get(spec.run_id), calm.get(spec.run_id))
+        for domain in spec.schedule.phases[-1].mixture:
             one, two = (s.get(spec.run_id).losses[domain].nats for s in (alone, calm))
             assert two == pytest.approx(one, rel=1e-3)

@@ -65,6 +65,7 @@ def train_pack(
     store: Store | None = None,
     keep: Mapping[str, Sequence[int]] = MappingProxyType({}),
     shard: bool = False,
+    parts: int = 1,
     state_seconds: float | None = None,
 ) -> list[Record]:
     """Train runs of one pack_key together and return their records, in the order of `specs`.
@@ -85,6 +86,8 @@ def train_pack(
         store: Where checkpoints of parents are, and where those of `keep` go.
         keep: run_id -> steps after which a checkpoint is written, for the branches to come.
         shard: Spread parameters, gradients and moments over the processes (FSDP2).
+        parts: Of a batch, whose gradients are added in a fixed order: a process with two of them
+            comes to the bits of two processes with one each.
         state_seconds: Between the states from which a run that died goes on; None: 120.
 
     Raises:
@@ -127,7 +130,7 @@ def train_pack(
         {n: t.to(place) for n, t in group.items()} for group in resumed.tensors
     )
     rotary = Rotary(shape, place)
-    team = processes((parameters, first, second), specs, rotary, shard)
+    team = processes((parameters, first, second), specs, rotary, shard, parts)
     if not team.same(resumed.steps):
         raise StoreError(f"Workers found different states of run {spec.run_id}; run it again.")
     parameters, first, second = team.groups
@@ -188,8 +191,7 @@ def train_pack(
         decide(step, share)
         tokens, domain_RB = batches.next(step, steerings)
         tokens = tokens.to(place, non_blocking=True)
-        loss_R = objective.backward(parameters, tokens, domain_RB)
-        team.collect()
+        loss_R = team.backward(objective, tokens, domain_RB)
         norm_R = optimizer.step(share, alive_R)
         # Asking a GPU for values waits for it, so there it is done now and then.
         looked, due = place.type == "cpu" or step % 50 == 0 or step + 1 in eval_steps, False

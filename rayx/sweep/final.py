@@ -34,6 +34,7 @@ from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
+PARTS = 2  # of a batch, so that one worker rounds as two do
 TRIES = 3  # of a group whose worker dies, beyond the first
 # A group starts faster without what it does not need, and dead workers are seen at once.
 ENVIRONMENT = {
@@ -92,6 +93,7 @@ class TrainRun(Protocol):
         store: Store,
         keep: Mapping[str, Sequence[int]],
         shard: bool,
+        parts: int,
         state_seconds: float | None,
     ) -> list[Record]: ...
 
@@ -318,6 +320,7 @@ class _Loop:
                 store=store,
                 keep=self.keep,
                 shard=self.workers.shard,
+                parts=PARTS if spec.optimizer.batch_sequences % PARTS == 0 else 1,
                 state_seconds=self.state_seconds,
             )[0]
             if rank == 0:
