@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -22,6 +23,15 @@ RegressorOption = Annotated[str, typer.Option(help="auto, or one of the regresso
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn.")]
 NameOption = Annotated[str | None, typer.Option(help="Which one, where there are several.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def check_store_place(url: str) -> None:
+    """Raise SpecError where a Ray job would write a store into its own temporary folder."""
+    if "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise SpecError(
+            f"--store {url!r} is relative, but a Ray job runs in a temporary copy of its working "
+            "directory. Give an absolute path that all nodes see, or an s3:// or gs:// URL."
+        )
 
 
 def read_table(store: str | None, weights: str | None, losses: str | None) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rayx.cli.options import parse_pairs
+from rayx.cli.options import check_store_place, parse_pairs
 from rayx.cli.output import grid_of, write_text
 from rayx.corpus import Corpus
 from rayx.errors import SpecError
@@ -76,11 +75,7 @@ def train(
     made.check(corpus, other_corpus)
     runs = made.specs(module.final(parameters, corpus))
     url = store or f"runs/{Path(plan).stem}"
-    if "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise SpecError(
-            f"--store {url!r} is relative, but a Ray job runs in a temporary copy of its working "
-            "directory. Give an absolute path that all nodes see, or an s3:// or gs:// URL."
-        )
+    check_store_place(url)
     # Seconds of imports, after all that can be refused without them.
     from rayx.proxy import set_threads, train_pack
     from rayx.sweep.final import Workers, check_final, train_final
