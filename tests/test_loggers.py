@@ -15,7 +15,7 @@ from rayx.errors import SweepError
 from rayx.experiment import load_experiment
 from rayx.proxy import train_pack
 from rayx.store import Store
-from rayx.sweep import loggers, run_sweep
+from rayx.sweep import Placement, loggers, run_sweep
 from rayx.sweep.loggers import RunLoggers
 from tests.samples import SPEC, record, train_spec
 from tests.test_cli import EXPERIMENT
@@ -63,7 +63,9 @@ def test_sweep_shows_every_run_to_tensorboard_as_it_is_on_record(ray_cluster, ti
     study = load_experiment(file)
     specs = study.specs(study.Parameters(runs=3), tiny_corpus)
     store.put(train_pack(specs[:1], tiny_corpus)[0])  # on record before anyone logged
-    run_sweep(specs, tiny_corpus, store, train_pack, log_to=["tensorboard"])
+    run_sweep(
+        specs, tiny_corpus, store, train_pack, log_to=["tensorboard"], placement=Placement(cpus=2)
+    )
     folder = Path(store.root) / "logs" / "tensorboard"
     assert {f.name for f in folder.iterdir()} == {spec.run_id for spec in specs}
     for found in store.records():

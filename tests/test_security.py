@@ -606,7 +606,21 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(
     study = tmp_path / "study.py"
     study.write_text(EXPERIMENT.format(corpus=tiny_corpus.url))
     url = tmp_path / "s"
-    assert run_main("run", study, "--store", url, "--set", "runs=2", "--log-to", "tensorboard") == 0
+    assert (
+        run_main(
+            "run",
+            study,
+            "--store",
+            url,
+            "--set",
+            "runs=2",
+            "--cpus",
+            "2",
+            "--log-to",
+            "tensorboard",
+        )
+        == 0
+    )
     assert run_main("status", url) == 0
     said = "".join(capfd.readouterr())
     folders = [tmp_path, Path(ray_cluster._private.worker._global_node.get_session_dir_path())]
