@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from rayx.cli.options import check_store_place, parse_pairs
-from rayx.cli.output import grid_of, write_text
+from rayx.cli.output import grid_of, say, write_text
 from rayx.corpus import Corpus
 from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
@@ -99,15 +99,15 @@ def train(
     for run_id, status in statuses.items():
         failure = opened.get(run_id).failure
         if status == "failed" and failure:
-            typer.echo(f"run {run_id} failed: {failure.message}", err=True)
+            say(f"run {run_id} failed: {failure.message}", err=True)
     done = {name: spec for name, spec in runs.items() if statuses.get(spec.run_id) == "ok"}
     if done:
         _show_reached(made, {name: opened.get(spec.run_id) for name, spec in done.items()})
     for name, spec in done.items():
-        typer.echo(f"{name}: {_place(opened, Parent(spec, spec.steps).checkpoint)}")
+        say(f"{name}: {_place(opened, Parent(spec, spec.steps).checkpoint)}")
     if len(done) < len(runs):
         lost = ", ".join(name for name in runs if name not in done)
-        typer.echo(f"not trained: {lost}; change the template, or --retry-failed.", err=True)
+        say(f"not trained: {lost}; change the template, or --retry-failed.", err=True)
         raise typer.Exit(1)
 
 
@@ -141,7 +141,7 @@ def export(
         raise SpecError(f"Cannot make folder {out!r}: {error}. Give another --out.") from error
     for name, text in files.items():
         write_text(str(Path(out) / name), text)
-        typer.echo(str(Path(out) / name))
+        say(str(Path(out) / name))
 
 
 def read_plan(path: str) -> Plan:
@@ -172,17 +172,18 @@ def _show_cost(runs: Mapping[str, TrainSpec], corpus: Corpus) -> None:
     Console().print(grid)
     total = sum(spec.flops for spec in every.values())
     tokens = sum(spec.tokens for spec in every.values())
-    typer.echo(f"{len(every)} runs, {tokens:,} tokens, {total:.3g} FLOPs")
+    say(f"{len(every)} runs, {tokens:,} tokens, {total:.3g} FLOPs")
     for name, spec in runs.items():
         listed = ", ".join(
             f"{d} {count / corpus.tokens[d]:.2g}" for d, count in spec.domain_tokens.items()
         )
-        typer.echo(f"epochs of {name}: {listed}")
+        say(f"epochs of {name}: {listed}")
 
 
 def _show_reached(plan: Plan, records: Mapping[str, Record]) -> None:
     """Print the losses beside those that the plan's proxies predicted."""
-    predicted = plan.choice.get("predicted_losses") or {}
+    losses = plan.choice.get("predicted_losses") or {}
+    predicted = {target: loss for target, loss in losses.items() if isinstance(loss, float)}
     grid = grid_of("target", *(["predicted"] if predicted else []), *records)
     for target in next(iter(records.values())).losses:
         guess = [f"{predicted[target]:.4f}" if target in predicted else ""] if predicted else []
@@ -200,11 +201,11 @@ def _show_reached(plan: Plan, records: Mapping[str, Record]) -> None:
     else:
         return
     line = f"{what} reached {value:.4f} bits per byte"
-    if isinstance(plan.choice.get("predicted"), float):
-        low, high = plan.choice["interval"]
+    low, high = plan.choice.get("interval") or (None, None)
+    if all(isinstance(value, float) for value in (low, high, plan.choice.get("predicted"))):
         line += f"; predicted {plan.choice['predicted']:.4f} ({low:.4f} to {high:.4f})"
         line += " at the scale of the runs it was chosen on" if predicted else ""
-    typer.echo(line)
+    say(line)
 
 
 def _place(store: Store, name: str) -> str:

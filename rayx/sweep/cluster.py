@@ -36,19 +36,7 @@ def connect(placement: Placement) -> None:
         SweepError: The cluster cannot be reached, or no node can hold a trial: none that is there,
             and where `placement.elastic` none that its autoscaler can bring.
     """
-    if not ray.is_initialized():
-        address = placement.address or os.environ.get("RAY_ADDRESS")
-        try:
-            if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                # No worker group starts in local mode, so nothing polls the dashboard.
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"Cannot connect to Ray at {address!r}: {error}. Check the address, and that "
-                "RAY_AUTH_MODE=token is set where the cluster asks for a token."
-            ) from error
+    reach(placement.address, dashboard=False)  # in Train's local mode nothing polls it
     if capacity(placement):
         return
     if placement.elastic:
@@ -59,6 +47,25 @@ def connect(placement: Placement) -> None:
         f"A trial needs {needs(placement)} on one node; the nodes offer {offers}. Ask for less, "
         "or use --elastic where an autoscaler brings more."
     )
+
+
+def reach(address: str | None, dashboard: bool) -> None:
+    """Connect to the Ray at an address, or at RAY_ADDRESS, or start one.
+
+    Raises:
+        SweepError: It cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {} if address else {"include_dashboard": dashboard}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SweepError(
+            f"Cannot connect to Ray at {address!r}: {error}. Check the address, and that "
+            "RAY_AUTH_MODE=token is set where the cluster asks for a token."
+        ) from error
 
 
 def capacity(placement: Placement) -> int:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import ray
 from ray import train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -28,8 +27,9 @@ from rayx.errors import RayxError, SpecError, StoreError, SweepError
 from rayx.record import Record
 from rayx.spec import Parent, TrainSpec
 from rayx.store import Store, open_store
+from rayx.sweep.cluster import capacity, needs, reach
 from rayx.sweep.packs import with_ancestors
-from rayx.sweep.run import absolute, check, git_commit
+from rayx.sweep.run import Placement, absolute, check, git_commit
 from rayx.sweep.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -252,31 +252,13 @@ def _connect(workers: Workers) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if not ray.is_initialized():
-        address = workers.address or os.environ.get("RAY_ADDRESS")
-        try:
-            # With its dashboard: Train's cleaner asks it again and again.
-            ray.init(
-                address=address,
-                include_dashboard=None if address else True,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"Cannot connect to Ray at {address!r}: {error}. Check the address, and that "
-                "RAY_AUTH_MODE=token is set where the cluster asks for a token."
-            ) from error
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
-    room = sum(
-        min(int(node.get(kind, 0) / amount) for kind, amount in wanted.items()) for node in nodes
-    )
+    reach(workers.address, dashboard=True)  # which Train's cleaner asks again and again
+    worker = Placement(cpus=workers.cpus, gpus=float(workers.gpu))
+    room = capacity(worker)
     if room < workers.count:
-        offers = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
         raise SweepError(
-            f"{workers.count} workers of {wanted} were asked for, and the cluster has room for "
-            f"{room} ({offers}). Ask for fewer workers, or fewer CPUs of each."
+            f"{workers.count} workers of {needs(worker)} were asked for, and the cluster has room "
+            f"for {room}. Ask for fewer workers, or fewer CPUs of each."
         )
 
 
