@@ -15,12 +15,13 @@ import re
 import stat
 import uuid
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pyarrow import fs
 
 from rayx.errors import StoreError
-from rayx.remote import reach
+from rayx.remote import ONE_PUT_BYTES, locate, reach
 
 T = TypeVar("T")
 MOST_JSON_BYTES = 256_000_000  # the specs of 100,000 runs take a quarter of it
@@ -100,8 +101,15 @@ class Files:
     def _write_object(self, path: str, data: bytes) -> None:
         # In one write: an object appears when its upload is complete, and leaving this block early
         # would complete it. An upload that breaks leaves nothing that a listing or a read finds.
-        with self.filesystem.open_output_stream(path) as stream:
+        filesystem = self.filesystem if len(data) <= ONE_PUT_BYTES else self._in_parts
+        with filesystem.open_output_stream(path) as stream:
             stream.write(data)
+
+    @cached_property
+    def _in_parts(self) -> fs.FileSystem:
+        """The filesystem that writes large objects."""
+        is_s3 = isinstance(self.filesystem, fs.S3FileSystem)
+        return locate(self.url, in_parts=True)[0] if is_s3 else self.filesystem
 
     def read_bytes(self, name: str, most_bytes: int | None = None) -> bytes:
         """Return the content.

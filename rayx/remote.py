@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRY_SECONDS = 300.0  # an object store that is away for longer is given up
 PAUSES = (0.5, 15.0)  # seconds between tries, the first and the longest
+ONE_PUT_BYTES = 5_000_000  # S3 takes no smaller parts
 SDK_TRIES = 4  # of one request inside the SDK, within about 5 s where each fails at once
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0  # then a request is tried again
 
@@ -57,8 +58,12 @@ _PERMISSION = {
 }
 
 
-def locate(url: str) -> tuple[fs.FileSystem, str]:
+def locate(url: str, in_parts: bool = False) -> tuple[fs.FileSystem, str]:
     """Return the filesystem and the path of a local path, s3:// or gs:// URL.
+
+    Args:
+        url: The URL or path.
+        in_parts: For writing more than `ONE_PUT_BYTES` to S3.
 
     Raises:
         StoreError: The URL cannot be understood, or holds credentials.
@@ -73,7 +78,7 @@ def locate(url: str) -> tuple[fs.FileSystem, str]:
             f"URL {url!r} cannot be opened: {error}. Expected a local path, s3:// or gs://."
         ) from error
     if isinstance(filesystem, fs.S3FileSystem):
-        filesystem = _patient(filesystem, url)
+        filesystem = _patient(filesystem, url, in_parts)
     return filesystem, root.rstrip("/")
 
 
@@ -97,7 +102,7 @@ def refuse_secrets(url: str) -> None:
         )
 
 
-def _patient(found: fs.S3FileSystem, url: str) -> fs.S3FileSystem:
+def _patient(found: fs.S3FileSystem, url: str, in_parts: bool) -> fs.S3FileSystem:
     """Return the filesystem of a URL with our time limits, which a URL cannot express."""
     given = dict(parse_qsl(urlsplit(url).query))
     texts = {name: given[name] for name in ("scheme", "endpoint_override", "tls_ca_file_path")
@@ -105,7 +110,9 @@ def _patient(found: fs.S3FileSystem, url: str) -> fs.S3FileSystem:
     return fs.S3FileSystem(
         region=found.region,
         allow_bucket_creation=given.get("allow_bucket_creation") == "true",
-        allow_delayed_open=True,  # a small object is one request, not three
+        # Delayed, a small object is one request, not three; but of a large one an empty object is
+        # left where the first request of its upload fails.
+        allow_delayed_open=not in_parts,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENT_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=SDK_TRIES),

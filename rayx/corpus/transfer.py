@@ -188,7 +188,7 @@ def upload(folder: Path, url: str) -> None:
     Raises:
         UnreachableError: The store is away or does not allow it.
     """
-    filesystem, root = locate(url)
+    filesystem, root = locate(url, in_parts=True)
     manifest = read_manifest(fs.LocalFileSystem(), str(folder), str(folder))
     marker = {"fingerprint": manifest["fingerprint"]}
     going_on = _json(filesystem, f"{root}/{UPLOADING}", url) == marker
