@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow chaos autoscaling lint clean
 
 demo: $(VENV)/ready ## the main job: real text -> proxies -> fit -> choice -> proof -> plan and report
 	$(BIN)/rayx run experiments/quickstart.py
@@ -13,6 +13,12 @@ test: $(VENV)/ready ## the tests, under 8 minutes on 2 cores
 
 slow: $(VENV)/ready ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/ready ## 200 packs while workers, nodes, the driver and the S3 server are killed
+	$(BIN)/python experiments/bench/chaos.py
+
+autoscaling: $(VENV)/ready ## Ray's autoscaler on this machine: nodes come, trials spread, nodes go
+	$(BIN)/python experiments/bench/autoscaling.py --plot autoscaling.png
 
 lint: $(VENV)/ready ## formatter, linter, type checker
 	$(BIN)/ruff check .
