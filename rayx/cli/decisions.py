@@ -21,7 +21,7 @@ from rayx.cli.options import (
     read_table,
 )
 from rayx.cli.output import check_folder, grid_of, say, warn, work_progress, write_text
-from rayx.errors import FitError, SpecError
+from rayx.errors import UNREADABLE, FitError, SpecError
 from rayx.fit import Table, evaluate_fit, fit_table, join_kinds, largest_scale
 from rayx.report import render
 from rayx.store import Store, open_store
@@ -99,7 +99,13 @@ def report(
     }
     choice = Choice.from_json(json.dumps(found["choices"])) if found["choices"] else None
     plan, runs = found["plans"], opened.runs()
-    fitted_runs = plan["provenance"]["run_ids"] if plan else largest_scale(runs)["run_id"]
+    try:
+        fitted_runs = list(plan["provenance"]["run_ids"] if plan else largest_scale(runs)["run_id"])
+        caps = dict(plan["caps"]) if plan else None
+    except UNREADABLE as error:
+        raise SpecError(
+            f"Plan {name!r} of store {store!r} is damaged: {error!r}. Make it again: rayx choose."
+        ) from error
     try:
         table = join_kinds(runs.loc[runs["run_id"].isin(fitted_runs)])
         with work_progress("fit", "regressors") as shown:
@@ -108,7 +114,6 @@ def report(
         warn([f"nothing could be fitted: {error}"])
         fitted = None
     title = f"rayx: {name}" if name else "rayx report"
-    caps = plan["caps"] if plan else None
     write_text(out, render(opened, fitted, choice, found["verifications"], plan, title, caps))
     typer.echo(out)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
+from rayx.errors import UNREADABLE
 from rayx.mixture import epochs
 from rayx.plots import PALETTE, arm_name, short_count
 from rayx.report import figures, merged, policies, records
 from rayx.report.evidence import NOT_FITTED, STEP, Evidence
 from rayx.report.page import Html, document, esc, missing, paragraph, swatch, table, tiles
+
+log = logging.getLogger(__name__)
 
 NOT_CHOSEN = "No mixture has been chosen from these records yet."
 NOT_VERIFIED = (
@@ -21,27 +26,36 @@ NOT_VERIFIED = (
 
 def page(evidence: Evidence, title: str) -> str:
     """Return the whole page."""
-    sections = [
-        ("verdict", "Verdict", verdict(evidence)),
-        ("warnings", "Warnings", warnings(evidence)),
-        ("mixture", "Mixture chosen", mixture(evidence)),
-        ("verification", "Verification", verification(evidence)),
-        ("fit", "Predicted against measured", fit(evidence)),
-        ("response", "Response to each domain", response(evidence)),
-        ("interaction", "Which domain helps which target", interaction(evidence)),
-        ("curves", "Loss curves", records.curves(evidence)),
-        ("regressors", "Regressors compared", records.regressors(evidence)),
-        ("cost", "Cost", records.cost(evidence)),
-        ("failures", "Failures", records.failures(evidence)),
-        ("provenance", "Provenance", records.provenance(evidence)),
+    sections: list[tuple[str, str, Callable[[Evidence], Html]]] = [
+        ("verdict", "Verdict", verdict),
+        ("warnings", "Warnings", warnings),
+        ("mixture", "Mixture chosen", mixture),
+        ("verification", "Verification", verification),
+        ("fit", "Predicted against measured", fit),
+        ("response", "Response to each domain", response),
+        ("interaction", "Which domain helps which target", interaction),
+        ("curves", "Loss curves", records.curves),
+        ("regressors", "Regressors compared", records.regressors),
+        ("cost", "Cost", records.cost),
+        ("failures", "Failures", records.failures),
+        ("provenance", "Provenance", records.provenance),
     ]
     if len(evidence.merged):
         place = [key for key, _, _ in sections].index("response")
-        sections.insert(place, ("merged", merged.HEADING, merged.section(evidence)))
+        sections.insert(place, ("merged", merged.HEADING, merged.section))
     if len(evidence.steered):
         place = [key for key, _, _ in sections].index("curves")
-        sections.insert(place, ("policies", policies.HEADING, policies.section(evidence)))
-    return document(title, sections)
+        sections.insert(place, ("policies", policies.HEADING, policies.section))
+    return document(title, [(k, name, _drawn(k, draw, evidence)) for k, name, draw in sections])
+
+
+def _drawn(key: str, draw: Callable[[Evidence], Html], evidence: Evidence) -> Html:
+    """Return a section; a choice or verification that was tampered with costs only its parts."""
+    try:
+        return draw(evidence)
+    except UNREADABLE as error:
+        log.warning("report, section %s: the store holds what cannot be drawn", key, exc_info=True)
+        return missing(f"The store holds what cannot be drawn here: {error!r}")
 
 
 def verdict(evidence: Evidence) -> Html:
