@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayx.cli.options import JsonOption, StoreArgument
+from rayx.cli.options import JsonOption, StoreArgument, check_store_place
 from rayx.cli.output import printable, say, show_choice, show_split
-from rayx.errors import SpecError
 from rayx.experiment import load_experiment, set_parameters
 from rayx.merging import Spec
-from rayx.progress import progress, progress_line
+from rayx.progress import progress, progress_line, state_line
 from rayx.split import SplitChoice
 from rayx.store import open_store
 
@@ -41,8 +39,9 @@ def run(
         bool, typer.Option("--retry-failed", help="Run failed runs again.")
     ] = False,
     pack_size: Annotated[
-        int, typer.Option(min=1, help="Runs of a trial; on a GPU they train together.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, help="Runs of a trial; on a GPU together. [default: what pays]"),
+    ] = None,
     cpus: Annotated[float, typer.Option(help="CPUs of a trial.")] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs of a trial.")] = 0.0,
     elastic: Annotated[
@@ -64,11 +63,7 @@ def run(
     module = load_experiment(experiment)
     parameters = set_parameters(module, assignments or [])
     url = store or f"runs/{Path(experiment).stem}"
-    if "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise SpecError(
-            f"--store {url!r} is relative, but a Ray job runs in a temporary copy of its working "
-            "directory. Give an absolute path that all nodes see, or an s3:// or gs:// URL."
-        )
+    check_store_place(url)
     corpus = module.corpus(parameters)
     specs = module.specs(parameters, corpus)[:limit]
     # Seconds of imports, after all that can be refused without them.
@@ -153,13 +148,12 @@ def status(store: StoreArgument, as_json: JsonOption = False) -> None:
         for record in opened.records(r for r, s in opened.status().items() if s == "failed")
         if record.failure
     }
+    damaged = opened.parts.damaged_records()
     if as_json:
-        return typer.echo(json.dumps({**state, "failures": failures}))
-    ended = state["ok"] + state["failed"] == state["total"]
-    mode = (
-        "running" if state["alive"] else "finished" if ended else "stopped; run it again to go on"
-    )
-    typer.echo(f"{progress_line(state)} ({mode})")
+        return typer.echo(json.dumps({**state, "failures": failures, "damaged": damaged}))
+    typer.echo(f"{progress_line(state)} ({state_line(state)})")
+    if damaged:
+        say(f"  damaged, and done again by the next run: {', '.join(damaged)}")
     for run_id, message in failures.items():
         say(f"  failed {run_id}: {message}")
 

@@ -15,11 +15,11 @@ heads, V vocabulary, R runs. "d" before a name is the loss's gradient by it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from rayx.proxy.fused_buffers import Buffers, LayerBuffers
 from rayx.proxy.model import NORM_EPS, Rotary
 from rayx.spec import ModelShape
 
@@ -28,56 +28,6 @@ LOGITS = 2**18  # at a time, within the bounds below
 LOGIT_ROWS = (128, 512)
 LONGEST_CONTEXT = 512
 SAFE = (1e-30, 1e30)  # sums of exponentials in which float32 loses nothing
-
-
-class _Layer:
-    """What the backward pass needs of one layer."""
-
-    def __init__(self, shape: ModelShape, sequences: int, dtype: torch.dtype) -> None:
-        new = partial(torch.empty, dtype=dtype)
-        length, width, heads = shape.context, shape.width, shape.heads
-        tokens = sequences * length
-        self.x_ND, self.rate_N1 = new(tokens, width), new(tokens, 1)
-        self.turned = new(2, sequences, heads, 2, width // heads // 2, length)
-        self.q, self.k = self.turned.view(2, sequences * heads, width // heads, length).unbind()
-        self.v_BDT, self.mixed_BDT = (new(sequences, width, length) for _ in range(2))
-        self.v, self.mixed = (x.view(self.q.shape) for x in (self.v_BDT, self.mixed_BDT))
-        self.weights = new(sequences * heads, length, length)  # queries, keys; not normalised
-        self.sums = new(sequences * heads, length, 1)
-        self.ffn_x_ND, self.ffn_rate_N1 = new(tokens, width), new(tokens, 1)
-        self.gate_up = new(tokens, 2 * shape.ffn_width)
-        self.gate, self.up = self.gate_up.chunk(2, dim=1)
-        self.silu, self.hidden = (new(tokens, shape.ffn_width) for _ in range(2))
-
-
-class _Buffers:
-    """Room for a slice of so many sequences."""
-
-    def __init__(self, shape: ModelShape, sequences: int, dtype: torch.dtype) -> None:
-        new = partial(torch.empty, dtype=dtype)
-        length, width, heads = shape.context, shape.width, shape.heads
-        tokens = sequences * length
-        self.layers = [_Layer(shape, sequences, dtype) for _ in range(shape.layers)]
-        self.x, self.normed, self.scaled, self.dx, self.dnormed, self.scratch = (
-            new(tokens, width) for _ in range(6)
-        )
-        # Sums over so few numbers are slow in torch; a product with a column of 1/D gives the mean.
-        self.mean_D1 = torch.full((width, 1), 1 / width, dtype=dtype)
-        self.rate_N1, self.column_N1, self.loss_N1 = (new(tokens, 1) for _ in range(3))
-        self.qk_BDT = new(sequences, 2 * width, length)
-        self.halves = self.qk_BDT.view(sequences, 2, heads, 2, width // heads // 2, length)
-        self.dv_BDT, self.dmixed_BDT = (new(sequences, width, length) for _ in range(2))
-        by_head = (sequences * heads, width // heads, length)
-        self.dv, self.dmixed, self.product = (
-            self.dv_BDT.view(by_head), self.dmixed_BDT.view(by_head), new(by_head),
-        )  # fmt: skip
-        self.d_turned = new(self.layers[0].turned.shape)
-        self.dq, self.dk = self.d_turned.view(2, *by_head).unbind()
-        self.dweights = new(sequences * heads, length, length)
-        self.delta = new(sequences * heads, 1, length)
-        self.d_gate_up = new(tokens, 2 * shape.ffn_width)
-        self.d_gate, self.d_up = self.d_gate_up.chunk(2, dim=1)
-        self.d_hidden = new(tokens, shape.ffn_width)
 
 
 class Fused:
@@ -111,8 +61,8 @@ class Fused:
         rows = min(LOGIT_ROWS[1], max(LOGIT_ROWS[0], LOGITS // shape.vocab_size))
         self.logits = torch.empty(rows, shape.vocab_size, dtype=dtype)
         self.d_head_DV = torch.empty(shape.width, shape.vocab_size, dtype=dtype)
-        self.hidden = torch.ones(shape.context, shape.context, dtype=torch.bool).triu(1)
-        self.buffers: dict[int, _Buffers] = {}  # by sequences
+        self.later = torch.ones(shape.context, shape.context, dtype=torch.bool).triu(1)
+        self.buffers: dict[int, Buffers] = {}  # by sequences
         self.gradients: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -204,11 +154,11 @@ class Fused:
             p[weight] = used if scale is None else used.mul_(scale)
         return p
 
-    def _forward(self, p: dict[str, Tensor], tokens_BT: Tensor) -> _Buffers:
+    def _forward(self, p: dict[str, Tensor], tokens_BT: Tensor) -> Buffers:
         """Run a slice up to the last norm and return the buffers that hold it."""
         sequences, width = len(tokens_BT), self.shape.width
         if sequences not in self.buffers:
-            self.buffers[sequences] = _Buffers(self.shape, sequences, self.dtype)
+            self.buffers[sequences] = Buffers(self.shape, sequences, self.dtype)
         b = self.buffers[sequences]
         torch.index_select(p["embedding"], 0, tokens_BT[:, :-1].reshape(-1), out=b.x)
         x_BTD = b.x.view(sequences, -1, width)
@@ -241,21 +191,21 @@ class Fused:
         torch.mul(first, self.cos, out=out_first).addcmul_(second, self.sin, value=-sign)
         torch.mul(second, self.cos, out=out_second).addcmul_(first, self.sin, value=sign)
 
-    def _weigh(self, layer: _Layer) -> None:
+    def _weigh(self, layer: LayerBuffers) -> None:
         """Write exp(score) and its sums over the keys."""
         torch.bmm(layer.q.transpose(1, 2), layer.k, out=layer.weights)
         layer.weights.exp_().tril_()
         torch.sum(layer.weights, 2, keepdim=True, out=layer.sums)
         if not _safe(layer.sums):
             torch.bmm(layer.q.transpose(1, 2), layer.k, out=layer.weights)
-            layer.weights.masked_fill_(self.hidden, -torch.inf)
+            layer.weights.masked_fill_(self.later, -torch.inf)
             layer.weights.sub_(layer.weights.amax(2, keepdim=True)).exp_()
             torch.sum(layer.weights, 2, keepdim=True, out=layer.sums)
 
     def _head(
         self,
         p: dict[str, Tensor],
-        b: _Buffers,
+        b: Buffers,
         tokens_BT: Tensor,
         share_N1: Tensor | None,
         first: bool,
@@ -284,7 +234,7 @@ class Fused:
             self.d_head_DV.addmm_(scaled.t(), logits, beta=0 if first and not start else 1)
             torch.mm(logits, head_VD, out=dnormed).mul_(share)
 
-    def _backward(self, p: dict[str, Tensor], g: dict[str, Tensor], b: _Buffers, first: bool):
+    def _backward(self, p: dict[str, Tensor], g: dict[str, Tensor], b: Buffers, first: bool):
         """Go back from dnormed to dx of the embeddings, adding to the gradients of the weights."""
         keep, width = 0 if first else 1, self.shape.width
         torch.mul(b.dnormed, b.normed, out=b.scratch)
@@ -321,7 +271,7 @@ class Fused:
                 )
             _add_through_norm(b, b.dnormed, layer.x_ND, layer.rate_N1)
 
-    def _through_attention(self, b: _Buffers, layer: _Layer) -> None:
+    def _through_attention(self, b: Buffers, layer: LayerBuffers) -> None:
         """Go back from dmixed to dv and, in the room of queries and keys, to their gradients."""
         b.dmixed.div_(layer.sums.view(b.delta.shape))
         torch.mul(b.dmixed, layer.mixed, out=b.product)
@@ -352,7 +302,7 @@ def _normalise(x_ND: Tensor, mean_D1: Tensor, out_ND: Tensor, rate_N1: Tensor) -
     torch.mul(x_ND, rate_N1, out=out_ND)
 
 
-def _add_through_norm(b: _Buffers, d_ND: Tensor, normed_ND: Tensor, rate_N1: Tensor) -> None:
+def _add_through_norm(b: Buffers, d_ND: Tensor, normed_ND: Tensor, rate_N1: Tensor) -> None:
     """Add to dx the gradient by x of the norm whose output has the gradient d (overwritten)."""
     torch.mul(d_ND, normed_ND, out=b.scratch)
     torch.mm(b.scratch, b.mean_D1, out=b.column_N1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rayx.corpus import Corpus
 from rayx.merging import MergeSpec, Spec
-from rayx.mixture import Schedule
-from rayx.spec import Evaluation, ModelShape, TrainSpec
+from rayx.spec import ModelShape, TrainSpec
+from rayx.sweep.calibrate import gpu_pack_size, timed
 from rayx.sweep.packs import with_ancestors
 from rayx.sweep.run import Placement
 from rayx.sweep.trial import TrainPack
@@ -36,7 +35,6 @@ def estimate(
     Differences of short runs give the time of a step (over about a second of steps), of one
     evaluation and of the set-up. A merged candidate takes one evaluation of its experts' shape.
     """
-    together = placement.pack_size if placement.gpus else 1
     device = "cuda" if placement.gpus else "cpu"
     seconds = 0.0
     groups: dict[str, list[TrainSpec]] = {}
@@ -46,31 +44,16 @@ def estimate(
     for spec in trained:
         groups.setdefault(spec.pack_key, []).append(spec)
     for group in groups.values():
+        together = 1
+        if placement.gpus:
+            together = placement.pack_size or gpu_pack_size(group, corpus, train_pack)
         pack, spec = group[:together], group[0]
-
-        def timed(steps: int, sequences: int = 1, pack: list[TrainSpec] = pack) -> float:
-            short = [
-                dataclasses.replace(
-                    s,
-                    schedule=Schedule.constant(s.schedule.average(), steps * s.batch_tokens),
-                    evaluation=Evaluation(points=1, sequences=sequences),
-                    parent=None,
-                    policy=None,
-                    distillation=None,
-                )
-                for s in pack
-            ]
-            began = time.perf_counter()
-            train_pack(
-                short, corpus, pack_id="", commit="", device=device, on_progress=lambda tokens: None
-            )
-            return time.perf_counter() - began
-
-        timed(1)  # warms caches
-        base = timed(2)
-        more = max(4, min(100, round(CALIBRATION_SECONDS / max(1e-3, (timed(6) - base) / 4))))
-        step = max(0.0, timed(2 + more) - base) / more
-        evaluation = max(0.0, timed(2, spec.evaluation.sequences) - base)
+        seconds_of = partial(timed, train_pack, pack, corpus, device)
+        seconds_of(1)  # warms caches
+        base = seconds_of(2)
+        more = max(4, min(100, round(CALIBRATION_SECONDS / max(1e-3, (seconds_of(6) - base) / 4))))
+        step = max(0.0, seconds_of(2 + more) - base) / more
+        evaluation = max(0.0, seconds_of(2, spec.evaluation.sequences) - base)
         whole = base + step * (spec.steps - 2) + evaluation * spec.evaluation.points
         seconds += whole * len(group) / len(pack)
         evaluation_seconds[spec.model] = evaluation / spec.evaluation.sequences

@@ -10,8 +10,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from rayx.merging import MergeSpec, Spec
+from rayx.merging import Spec
+from rayx.spec import TrainSpec
 
+PackSize = int | Callable[[Sequence[TrainSpec]], int]
 MERGES_PER_PACK = 16  # merged candidates of a trial: enough to make its start negligible
 
 
@@ -35,7 +37,7 @@ class Pack:
     alone: bool = False
 
 
-def form_packs(specs: Sequence[Spec], pack_size: int) -> dict[str, list[Spec]]:
+def form_packs(specs: Sequence[Spec], pack_size: PackSize) -> dict[str, list[Spec]]:
     """Group specs of equal pack_key, in the order given, so many at a time.
 
     Packs depend on the specs alone, never on what is already done: a sweep that is run again
@@ -43,7 +45,8 @@ def form_packs(specs: Sequence[Spec], pack_size: int) -> dict[str, list[Spec]]:
 
     Args:
         specs: Runs and merged candidates.
-        pack_size: Trained runs of a pack; merged candidates come MERGES_PER_PACK at a time.
+        pack_size: Trained runs of a pack, or what gives it for those of one pack_key; merged
+            candidates come MERGES_PER_PACK at a time.
 
     Returns:
         pack_id (hash of its run_ids) -> specs.
@@ -53,7 +56,10 @@ def form_packs(specs: Sequence[Spec], pack_size: int) -> dict[str, list[Spec]]:
         groups.setdefault(spec.pack_key, []).append(spec)
     packs = {}
     for group in groups.values():
-        size = MERGES_PER_PACK if isinstance(group[0], MergeSpec) else pack_size
+        trained = [spec for spec in group if isinstance(spec, TrainSpec)]
+        size = MERGES_PER_PACK
+        if trained:  # all of a pack_key are, or none
+            size = pack_size if isinstance(pack_size, int) else pack_size(trained)
         for start in range(0, len(group), size):
             members = group[start : start + size]
             ids = ",".join(spec.run_id for spec in members)
@@ -81,7 +87,7 @@ def with_ancestors(specs: Sequence[Spec]) -> list[Spec]:
 
 def missing_packs(
     specs: Sequence[Spec],
-    pack_size: int,
+    pack_size: PackSize,
     ended: Mapping[str, str],
     exists: Callable[[str], bool],
 ) -> list[Pack]:
@@ -92,7 +98,7 @@ def missing_packs(
 
     Args:
         specs: What is asked for.
-        pack_size: Trained runs of a pack.
+        pack_size: As in `form_packs`.
         ended: run_id -> `ok` or `failed` of the runs on record.
         exists: Whether the store has a checkpoint.
     """

@@ -22,6 +22,7 @@ from rayx.progress import duration, progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.steering import check_policy
 from rayx.store import Store
+from rayx.sweep.calibrate import PackSizes
 from rayx.sweep.cluster import MAX_AHEAD, Room, connect, needs
 from rayx.sweep.loggers import RunLoggers
 from rayx.sweep.packs import Pack, PackSearcher, missing_packs, with_ancestors
@@ -39,13 +40,13 @@ class Placement:
     """Where and how a sweep runs; none of it can change a result beyond rounding."""
 
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else a Ray of our own
-    pack_size: int = 2  # runs of a trial; give more on a GPU, where they train together
+    pack_size: int | None = None  # runs of a trial; None: found, see rayx.sweep.calibrate
     cpus: float = 1.0  # of a trial
     gpus: float = 0.0  # of a trial
     elastic: bool = False  # an autoscaler may still bring nodes that fit
 
     def __post_init__(self) -> None:
-        if self.pack_size < 1:
+        if self.pack_size is not None and self.pack_size < 1:
             raise SweepError(f"pack_size is {self.pack_size}; expected an integer >= 1.")
         if self.cpus <= 0 or self.gpus < 0:
             raise SweepError(
@@ -134,7 +135,7 @@ def run_sweep(
         SpecError: A spec cannot be trained; nothing was started.
         SweepError: The cluster can never hold a trial, or the sweep was interrupted.
     """
-    sweep = _Sweep(corpus, store, placement or Placement(), max_epochs, merges)
+    sweep = _Sweep(corpus, store, placement or Placement(), max_epochs, merges, train_pack)
 
     def next_round() -> list[Pack]:
         """Return what is missing of the next round; rounds that are all on record are passed."""
@@ -179,9 +180,11 @@ class _Sweep:
         placement: Placement,
         max_epochs: float | None,
         merges: Merges | None,
+        train_pack: TrainPack,
     ) -> None:
         self.corpus, self.store, self.placement = corpus, store, placement
         self.max_epochs, self.merges = max_epochs, merges
+        self.sizes = PackSizes(placement, corpus, store, train_pack)
         self.asked: dict[str, Spec] = {}
         self.sweep_id = ""
 
@@ -198,9 +201,8 @@ class _Sweep:
         ended = {record.run_id: record.status for record in found}
         if retry_failed:
             ended = {run_id: status for run_id, status in ended.items() if status == "ok"}
-        packs = missing_packs(
-            list(new.values()), self.placement.pack_size, ended, self.store.exists
-        )
+        size = self.placement.pack_size or self.sizes
+        packs = missing_packs(list(new.values()), size, ended, self.store.exists)
         runs = {run_id for pack in packs for run_id in pack.runs}
         for run_id in (runs - ended.keys()) & set(self.store.names("records")):
             self.store.remove(f"records/{run_id}.json")  # damaged, or it would be read above
@@ -244,6 +246,7 @@ def _work(
     store, placement = sweep.store, sweep.placement
     forward_no_credentials()
     connect(placement)
+    sweep.sizes.busy = True
     watcher = Watcher(store, sweep.sweep_id)
     watcher.start()
     url = absolute(store.url)
