@@ -140,6 +140,11 @@ class Parts:
                 if not self._drop_unreadable(snapshot.parts):
                     raise
 
+    def damaged_records(self) -> list[str]:
+        """Return the runs whose record cannot be read, of those that no part holds."""
+        new, _ = self._changes(self._usable_parts()[1])
+        return sorted(set(new) - {record.run_id for record in self.store.records(new)})
+
     def _snapshot(self) -> Snapshot:
         parts, known = self._usable_parts()
         failed = self.store.names("failures")

@@ -21,9 +21,10 @@ from pyarrow import fs
 import rayx
 from rayx.errors import StoreError
 from rayx.mixture import Mixture, Schedule
-from rayx.progress import ALIVE_SECONDS, progress
+from rayx.progress import ALIVE_SECONDS, STALLED_SECONDS, progress, state_line
 from rayx.record import Loss
 from rayx.store import Store, open_store
+from rayx.sweep.watcher import Watcher
 from tests.samples import SPEC, record, train_spec, two_phases
 
 HERE = Path(__file__).parent
@@ -562,6 +563,7 @@ def test_progress_counts_done_failed_and_running(store):
     beat_at(store, "heartbeats/stale", old, runs=[specs[4].run_id], tokens_per_run=5000)
     state = progress(store)
     assert state.pop("seconds") == pytest.approx(60, abs=1)
+    assert state.pop("seen") == now
     assert state == {
         "total": 6,
         "ok": 1,
@@ -570,25 +572,78 @@ def test_progress_counts_done_failed_and_running(store):
         "tokens": 2 * SPEC.tokens + 2 * 1000,
         "tokens_total": 6 * SPEC.tokens,
         "alive": True,
+        "state": "starting",  # its driver has not seen a pack move
         "new_tokens": 2 * SPEC.tokens + 2 * 1000 - 7,
     }
 
 
 @pytest.mark.parametrize(
-    ("age", "state", "alive"),
+    ("age", "driver", "alive", "state"),
     [
-        (0, "running", True),
-        (0, "stopped", False),
-        (ALIVE_SECONDS + 1, "running", False),
-        (None, None, True),  # just started, no heartbeat yet
+        (0, {"state": "running", "moved": None}, True, "starting"),
+        (0, {"state": "running", "moved": -1.0}, True, "running"),
+        (0, {"state": "running", "moved": -STALLED_SECONDS - 1}, True, "stalled"),
+        (0, {"state": "stopped"}, False, "stopped"),
+        (3600, {"state": "stopped"}, False, "stopped"),
+        (ALIVE_SECONDS + 1, {"state": "running", "moved": 0.0}, False, "dead"),
+        (ALIVE_SECONDS - 5, {"state": "running", "moved": 0.0}, True, "running"),
+        (-ALIVE_SECONDS + 5, {"state": "running", "moved": 0.0}, True, "running"),  # clocks differ
+        (-3600, {"state": "running", "moved": 0.0}, False, "dead"),  # a clock that is wrong
+        (None, {}, True, "starting"),  # no heartbeat yet
     ],
 )
-def test_progress_tells_a_live_driver_from_a_dead_one(store, age, state, alive):
+def test_progress_tells_a_live_driver_from_a_dead_one(store, age, driver, alive, state):
     now = time.time()
     sweep(store, "one", [SPEC], started=now)
     if age is not None:
-        beat_at(store, "drivers/one", now - age, state=state)
-    assert progress(store)["alive"] is alive
+        if driver.get("moved") is not None:
+            driver = driver | {"moved": now - age + driver["moved"]}
+        beat_at(store, "drivers/one", now - age, **driver)
+    assert (progress(store)["alive"], progress(store)["state"]) == (alive, state)
+    store.put(record())
+    assert progress(store)["state"] == (state if alive else "finished")
+
+
+def test_the_heartbeat_goes_on_while_a_look_at_the_store_takes_long(local, monkeypatch):
+    monkeypatch.setattr("rayx.sweep.watcher.BEAT_SECONDS", 0.02)
+    held = threading.Event()
+
+    def slow(store, sweep_id):
+        held.wait(10)
+        raise OSError("the store is away")
+
+    monkeypatch.setattr("rayx.sweep.watcher.progress", slow)
+    sweep(local, "one", [SPEC], started=time.time())
+    watcher = Watcher(local, "one")
+    watcher.start()
+    times = set()
+    deadline = time.monotonic() + 5
+    while len(times) < 3 and time.monotonic() < deadline:
+        times |= {(local.facts("drivers/one.json") or {}).get("time")} - {None}
+    held.set()
+    watcher.stop()
+    assert len(times) >= 3
+    last = local.facts("drivers/one.json")
+    time.sleep(0.1)
+    assert local.facts("drivers/one.json") == last  # none comes after the stop
+
+
+def test_state_in_words(local):
+    sweep(local, "one", [SPEC], started=time.time() - 4000)
+    beat_at(local, "drivers/one", time.time() - 3600, state="running", moved=None)
+    assert state_line(progress(local)) == (
+        "dead: last sign of life 1h00m ago; run it again to go on"
+    )
+
+
+def test_damaged_records_are_counted(local, folder):
+    for seed in range(3):
+        local.put(other_record(seed))
+    local.compact()
+    assert local.parts.damaged_records() == []
+    local.put(other_record(3))
+    (folder / "records" / f"{other_record(3).run_id}.json").write_text("half")
+    assert local.parts.damaged_records() == [other_record(3).run_id]
 
 
 def test_progress_of_two_sweeps_counts_shared_runs_once(store):

@@ -1,4 +1,4 @@
-"""The live progress line of a sweep: done/total, failures, tokens/s, time left."""
+"""The driver's heartbeat, and the live line of a sweep: done, failures, tokens/s, time left."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LOG_SECONDS = 15.0  # between plain lines, where the output is not a terminal
 COMPACT_SECONDS = 60.0
+BEAT_SECONDS = 5.0  # between heartbeats of the driver
 
 
 class Watcher(threading.Thread):
@@ -27,9 +28,23 @@ class Watcher(threading.Thread):
         self.store = store
         self.sweep_id = sweep_id
         self._end = threading.Event()
+        self._moved: float | None = None  # when a pack last gave a sign of life
+        self._heart = threading.Thread(target=self._beat, daemon=True, name="rayx-heartbeat")
+
+    def _beat(self) -> None:
+        """Write the heartbeat, however long a look at the store or a compaction takes."""
+        while True:
+            try:
+                self.store.beat(f"drivers/{self.sweep_id}", state="running", moved=self._moved)
+            except (StoreError, OSError) as error:
+                log.warning("heartbeat: %s", error)
+            if self._end.wait(BEAT_SECONDS):
+                return
 
     def run(self) -> None:
         """Look at the store again and again; its listing paces the loop."""
+        self._heart.start()
+        before = None
         console = Console(stderr=True)
         columns = (TextColumn("sweep"), BarColumn(), TextColumn("{task.description}"))
         shown_at = compacted_at = time.monotonic()
@@ -39,7 +54,6 @@ class Watcher(threading.Thread):
             while not self._end.wait(pause):
                 began = time.monotonic()
                 try:
-                    self.store.beat(f"drivers/{self.sweep_id}", state="running")
                     state = progress(self.store, self.sweep_id)
                     if began - compacted_at > COMPACT_SECONDS:
                         compacted_at = began
@@ -49,6 +63,10 @@ class Watcher(threading.Thread):
                     continue
                 finally:
                     pause = min(10.0, max(1.0, 10 * (time.monotonic() - began)))
+                done = state["ok"], state["failed"], state["tokens"]
+                if state["running"] or before not in (None, done):
+                    self._moved = time.time()
+                before = done
                 line = progress_line(state)
                 bar.update(
                     task, description=line, completed=state["tokens"], total=state["tokens_total"]
@@ -58,6 +76,7 @@ class Watcher(threading.Thread):
                     log.info("%s", line)
 
     def stop(self) -> None:
-        """End the thread and wait for it."""
+        """End both threads and wait for them, so that no heartbeat comes after this."""
         self._end.set()
         self.join()
+        self._heart.join()
