@@ -30,7 +30,7 @@ from typing import Any
 import pandas as pd
 
 from rayx import tables
-from rayx.errors import RayxError, StoreError, UnreachableError
+from rayx.errors import RayxError, SpecError, StoreError, UnreachableError
 from rayx.files import Files
 from rayx.merging import Spec, spec_from_json
 from rayx.parts import Parts
@@ -145,7 +145,13 @@ class Store(Files):
 
     def get_pack(self, pack_id: str) -> list[Spec]:
         """Return the specs of a pack."""
-        return [spec_from_json(data) for data in self.read_json(f"packs/{pack_id}.json")]
+        try:
+            return [spec_from_json(data) for data in self.read_json(f"packs/{pack_id}.json")]
+        except (SpecError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"packs/{pack_id}.json of store {self.url!r} is damaged: {error}. Remove it and "
+                "run the sweep again."
+            ) from error
 
     def beat(self, name: str, **facts: Any) -> None:
         """Write a heartbeat, facts and the time; tried once, for the next one comes soon."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -74,7 +74,7 @@ def plan(
     Example: `rayx plan runs/quickstart --out plan.json`
     """
     opened = open_store(store)
-    text = json.dumps(opened.read_json(f"plans/{_only(opened, 'plans', name)}.json"), indent=2)
+    text = json.dumps(_read(opened, "plans", _only(opened, "plans", name)), indent=2)
     if out:
         write_text(out, text)
     typer.echo(text)
@@ -94,7 +94,7 @@ def report(
     if name or opened.names("choices"):
         name = _only(opened, "choices", name)
     found = {
-        folder: opened.read_json(f"{folder}/{name}.json") if name in opened.names(folder) else None
+        folder: _read(opened, folder, name) if name and name in opened.names(folder) else None
         for folder in ("choices", "verifications", "plans")
     }
     choice = Choice.from_json(json.dumps(found["choices"])) if found["choices"] else None
@@ -116,6 +116,15 @@ def report(
     title = f"rayx: {name}" if name else "rayx report"
     write_text(out, render(opened, fitted, choice, found["verifications"], plan, title, caps))
     typer.echo(out)
+
+
+def _read(store: Store, folder: str, name: str) -> Any:
+    try:
+        return store.read_json(f"{folder}/{name}.json")
+    except ValueError as error:
+        raise SpecError(
+            f"{folder}/{name}.json of store {store.url!r} is damaged: {error}. Make it again."
+        ) from error
 
 
 def _only(store: Store, folder: str, name: str | None) -> str:
