@@ -149,7 +149,6 @@ def status(store: StoreArgument, as_json: JsonOption = False) -> None:
         if record.failure
     }
     damaged = opened.parts.damaged_records()
-    damaged = opened.parts.damaged_records()
     if as_json:
         return typer.echo(json.dumps({**state, "failures": failures, "damaged": damaged}))
     typer.echo(f"{progress_line(state)} ({state_line(state)})")
