@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 
 import rayx
 from rayx import Corpus, Mixture, Schedule
+from rayx.choose import Choice
 from rayx.corpus import Source, build_corpus, source
 from rayx.errors import CorpusError, FitError, ModelError, RayxError, SpecError, StoreError
 from rayx.fit import Table
@@ -231,16 +233,52 @@ def test_name_cannot_lead_out_of_a_store(store, name):
     assert sorted(Path(store.root).rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", ["choose", "plan", "report"])
-def test_option_name_cannot_lead_out_of_a_store(command, store, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory) -> Store:
+    """A store of 12 runs and the choice from them."""
     world = World.random(3, 2, seed=0)
-    rng = __import__("numpy").random.default_rng(0)
-    mixtures = [Mixture.from_array(w, world.domains) for w in rng.dirichlet([1] * 3, 12)]
-    other = rayx.open(tmp_path / "world", create=True)
-    world.fill(other, [world.spec(mixture, 100_000) for mixture in mixtures])
-    assert run_main(command, other.root, "--name", "../../x") == 2
+    made = rayx.open(tmp_path_factory.mktemp("chosen") / "world", create=True)
+    weights_RK = np.random.default_rng(0).dirichlet(np.ones(3), 12)
+    mixtures = [Mixture.from_array(weights, world.domains) for weights in weights_RK]
+    world.fill(made, [world.spec(mixture, 100_000) for mixture in mixtures])
+    assert run_main("choose", made.root, "--regressor", "ridge") == 0
+    return made
+
+
+@pytest.mark.parametrize("command", ["choose", "plan", "report"])
+def test_option_name_cannot_lead_out_of_a_store(command, chosen, capsys):
+    assert run_main(command, chosen.root, "--name", "../../x") == 2
     assert "../../x" in capsys.readouterr().err
-    assert not list(tmp_path.parent.glob("x*"))
+    assert not list(Path(chosen.root).parent.parent.glob("x*"))
+
+
+@pytest.mark.parametrize("content", ["[", "[" * 100_000, '"x"', "[1]", '{"provenance": 5}'])
+@pytest.mark.parametrize("folder", ["plans", "choices"])
+def test_damaged_choice_or_plan_is_named(chosen, tmp_path, capsys, folder, content):
+    file = Path(chosen.root) / folder / "choice.json"
+    kept = file.read_bytes() if file.exists() else None
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    try:
+        assert run_main("report", chosen.root, "--out", tmp_path / "r.html") == 2
+    finally:
+        file.write_bytes(kept) if kept else file.unlink()
+    assert re.search(r"damaged|not the JSON of a choice", capsys.readouterr().err)
+
+
+def test_choice_of_wrong_types_costs_only_its_sections_of_a_report(chosen, caplog):
+    choice = Choice.from_json(json.dumps(chosen.read_json("choices/choice.json")))
+    broken = dataclasses.replace(choice, predicted={}, weights="x")  # pyright: ignore
+    page = render(chosen, choice=broken)
+    assert "The store holds what cannot be drawn here" in page and "section verdict" in caplog.text
+    assert "Loss curves" in page and "12 recorded" in page
+
+
+@pytest.mark.parametrize("content", [None, 5, {"a": 1}, [1], [{}], [[[]]], "x"])
+def test_crafted_pack_is_named(store, content):
+    store.write_json("packs/abc.json", content)
+    with pytest.raises(StoreError, match=r"packs/abc\.json .* is damaged"):
+        store.get_pack("abc")
 
 
 # A crafted corpus -----------------------------------------------------------------------------
