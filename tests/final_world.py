@@ -1,19 +1,20 @@
-"""Plans of one model and of several experts, and processes that train them together."""
+"""Plans of one model and of several experts, and processes that train them together.
+
+Ray is not imported, for each process would take seconds to do so.
+"""
 
 from __future__ import annotations
 
-import os
+import multiprocessing
+from datetime import timedelta
 
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 import rayx
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Phase, Schedule, TrainSpec
 from rayx.plan import Plan
 from rayx.proxy import set_threads, train_pack
 from rayx.proxy.batches import Batches
-from rayx.sweep.final import kept_steps
-from rayx.sweep.packs import with_ancestors
 
 BATCH_TOKENS = 8 * 16
 STUDY = """
@@ -72,12 +73,17 @@ class InterruptedError(Exception):
 
 def runs(corpus: Corpus, branches: bool) -> list[TrainSpec]:
     """All runs of a plan, parents first."""
-    return with_ancestors(list(plan(corpus, branches).specs(template(corpus)).values()))
+    return with_trunks(plan(corpus, branches).specs(template(corpus)).values())
+
+
+def with_trunks(specs) -> list[TrainSpec]:
+    return list({a.run_id: a for spec in specs for a in spec.path}.values())
 
 
 def train_all(specs, corpus, store, **settings) -> None:
-    keep = kept_steps(specs)
     for spec in specs:
+        branches = {s.parent.steps for s in specs if s.parent and s.parent.spec == spec}
+        keep = {spec.run_id: sorted({spec.steps} | branches)}
         record = train_pack([spec], corpus, store=store, keep=keep, parts=2, **settings)[0]
         if not dist.is_initialized() or dist.get_rank() == 0:
             store.put(record)
@@ -102,9 +108,16 @@ def interrupt(spec: TrainSpec, step: int, corpus, store) -> None:
 
 
 def _work(rank: int, port: int, corpus_url: str, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     set_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    place, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
+    dist.init_process_group("gloo", place, patience, rank=rank, world_size=2)
+    try:
+        _train(corpus_url, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(corpus_url: str, folder: str) -> None:
     corpus = Corpus.load(corpus_url)
     for name, branches, settings in (
         ("ddp", False, {}), ("fsdp", False, {"shard": True}),
@@ -116,12 +129,16 @@ def _work(rank: int, port: int, corpus_url: str, folder: str) -> None:
         interrupt(spec, 15, corpus, rayx.open(f"{folder}/{name}"))
     dist.barrier()
     train_all([spec], corpus, rayx.open(f"{folder}/resumed"))
-    dist.destroy_process_group()
 
 
 def train_in_two_processes(corpus: Corpus, folder: str, port: int) -> None:
-    """Train plans by two processes, into the stores ddp, fsdp, resumed ... of a folder."""
+    """Train plans by this process and another, into the stores ddp, fsdp ... of a folder."""
     names = ("ddp", "fsdp", "ddp-branches", "fsdp-branches", "resumed", "resumed-alone")
     for name in names:
         rayx.open(f"{folder}/{name}", create=True)
-    spawn(_work, (port, corpus.url, folder), nprocs=2)
+    context = multiprocessing.get_context("spawn")
+    other = context.Process(target=_work, args=(1, port, corpus.url, folder))
+    other.start()
+    _work(0, port, corpus.url, folder)
+    other.join(60)
+    assert other.exitcode == 0

@@ -23,8 +23,7 @@ from rayx.proxy import set_threads, train_pack
 from rayx.proxy.checkpoint import read_checkpoint
 from rayx.spec import Parent
 from rayx.sweep.final import Workers, check_final, train_final
-from rayx.sweep.packs import with_ancestors
-from tests.final_world import STUDY, interrupt, plan, runs, template, train_all
+from tests.final_world import STUDY, interrupt, plan, runs, template, train_all, with_trunks
 from tests.final_world import train_in_two_processes as in_two
 from tests.test_cli import run_main
 from tests.test_job import free_ports
@@ -297,7 +296,7 @@ def test_real_group_outlives_a_worker_and_its_driver(shard, study, tiny_corpus, 
     assert start("stormy", "after").wait(280) == 0, (tmp_path / "after.log").read_text()
     calm, stormy = rayx.open(tmp_path / "calm"), rayx.open(tmp_path / "stormy")
     alone = rayx.open(tmp_path / "alone", create=True)
-    specs = with_ancestors(list(made.specs(template(tiny_corpus, rate)).values()))
+    specs = with_trunks(made.specs(template(tiny_corpus, rate)).values())
     train_all(specs, tiny_corpus, alone)
     for spec in specs:
         assert same(calm.get(spec.run_id), stormy.get(spec.run_id))
