@@ -12,7 +12,8 @@ An experiment is a file with
     follow_up(p, corpus)      optional: specs as costly as those that analyse will ask for,
                               so that --dry-run can count them
     final(p, corpus)          for `rayx train`: a TrainSpec with the model, optimizer, evaluation
-                              and seeds of the final run; its schedule is the plan's
+                              and seeds of the final run; its schedule is the plan's, but with
+                              branches the warm-up is a share of its own length
 """
 
 from __future__ import annotations
