@@ -184,7 +184,7 @@ def test_a_trial_that_no_node_type_can_hold_is_refused_with_elastic_too(
 
 def slow_pack(log, specs, corpus, **arguments):
     with open(log, "a") as file:
-        file.write(f"{os.getpid()}\n")
+        file.write("".join(f"{os.getpid()} {spec.run_id}\n" for spec in specs))
     time.sleep(0.15)
     return [record(spec) for spec in specs]
 
@@ -194,7 +194,7 @@ def test_packs_shorter_than_a_process_start_use_all_cpus(ray_cluster, tiny_corpu
     specs = small_specs(tiny_corpus, 30)
     work = functools.partial(slow_pack, str(tmp_path / "log"))
     run_sweep(specs, tiny_corpus, store, work, placement=Placement(pack_size=1))
-    pids = (tmp_path / "log").read_text().split()
+    pids = (tmp_path / "log").read_text().split()[::2]
     assert len(pids) == 30 and len(set(pids)) == 2
     assert min(pids.count(pid) for pid in set(pids)) >= 5
 
@@ -292,6 +292,46 @@ def test_a_node_killed_in_a_long_pack_costs_half_a_second_and_no_try(
     assert tries_made[0][0] != tries_made[1][0]
     assert list(rayx.open(store).status().values()) == ["ok"]
     assert not list((store / "unfinished").glob("*"))
+
+
+TWIN = """
+import functools, sys
+import rayx
+from rayx.corpus import Corpus
+from rayx.sweep import Placement, run_sweep
+from tests.test_elastic import slow_pack
+from tests.test_sweep import small_specs
+corpus = Corpus.load(sys.argv[1])
+run_sweep(small_specs(corpus, 120), corpus, rayx.open(sys.argv[2], create=True),
+          functools.partial(slow_pack, sys.argv[3]), placement=Placement(pack_size=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_drivers_at_one_sweep_share_it(tiny_corpus, tmp_path):
+    (tmp_path / "log").touch()
+    arguments = [tiny_corpus.url, str(tmp_path / "store"), str(tmp_path / "log")]
+
+    def drive() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", TWIN, *arguments],
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+            cwd=BENCH.parents[1],
+        )
+
+    first = drive()
+    while not list((tmp_path / "store" / "drivers").glob("*.json")):
+        assert first.poll() is None
+        time.sleep(0.1)
+    second = drive()
+    assert first.wait(timeout=240) == 0 and second.wait(timeout=240) == 0
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    runs = [run_id for _, run_id in lines]
+    assert rayx.open(tmp_path / "store").status() == dict.fromkeys(runs, "ok")
+    assert len(set(runs)) == 120
+    assert len(runs) - 120 <= 20  # where they met, and where the second had begun
+    assert len({pid for pid, _ in lines}) > 2
 
 
 def bench(name: str, *arguments: str) -> dict:

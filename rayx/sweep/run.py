@@ -18,7 +18,7 @@ from ray import tune
 from rayx.corpus import Corpus
 from rayx.errors import SpecError, SweepError
 from rayx.merging import MergeSpec, Spec
-from rayx.progress import duration, progress, progress_line
+from rayx.progress import ALIVE_SECONDS, duration, progress, progress_line
 from rayx.spec import TrainSpec
 from rayx.steering import check_policy
 from rayx.store import Store
@@ -247,6 +247,10 @@ def _work(
     forward_no_credentials()
     connect(placement)
     sweep.sizes.busy = True
+    other = store.facts(f"drivers/{sweep.sweep_id}.json") or {}
+    if other.get("state") == "running" and time.time() - other["time"] < ALIVE_SECONDS:
+        log.warning("another driver is at this sweep, or was just now: the last packs come first")
+        packs = packs[::-1]  # so that the two meet once, where else they would do all twice
     watcher = Watcher(store, sweep.sweep_id)
     watcher.start()
     url = absolute(store.url)

@@ -159,7 +159,8 @@ class PackTrial(tune.Trainable):
             # On a CPU a batch of 2, 4, 8 runs went at 1.0, 0.97, 0.75 times the speed of the same
             # runs in turn (width 64, one core), and in turn each is on record as soon as it ends.
             for spec in specs:
-                self._train(pack_id, [spec], device)
+                if not self._is_done(spec):  # another driver at the same sweep may have done it
+                    self._train(pack_id, [spec], device)
 
     def _train(self, pack_id: str, specs: list[TrainSpec], device: str) -> None:
         self._beat(pack_id, specs, 0)
@@ -205,7 +206,8 @@ class PackTrial(tune.Trainable):
                 device="cuda" if ray.get_gpu_ids() else "cpu",
             )
             for record in records:
-                self.store.put(record)
+                if not self.store.exists(f"records/{record.run_id}.json"):
+                    self.store.put(record)
                 ended.add(record.run_id)
                 if time.monotonic() - beaten > BEAT_SECONDS:
                     beaten = time.monotonic()
