@@ -322,14 +322,14 @@ class Handler(BaseHTTPRequestHandler):
 
 def unchunked(stream: Any) -> bytes | None:
     """Return a body that comes in chunks, or None where its end never came."""
-    result = b""
+    result = []
     while line := stream.readline():
         size = int(line.split(b";")[0], 16)
         if not size:
             while stream.readline() not in (b"\r\n", b""):  # what follows the last chunk
                 pass
-            return result
-        result += stream.read(size)
+            return b"".join(result)
+        result.append(stream.read(size))
         stream.readline()
     return None
 
