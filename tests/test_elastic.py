@@ -239,7 +239,7 @@ def pack(specs, corpus, **arguments):
 
 corpus = Corpus.load(sys.argv[1])
 run_sweep(small_specs(corpus, 1, steps=int(sys.argv[4])), corpus,
-          rayx.open(sys.argv[2], create=True), pack)
+          rayx.open(sys.argv[2], create=True), pack, placement=Placement(elastic=True))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -36,15 +37,15 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-@pytest.fixture
-def head(tmp_path):
-    """A head of two CPUs; yields the environment that reaches it."""
+@contextlib.contextmanager
+def a_head(folder: Path, token: str):
+    """Run a head of two CPUs on ports of its own; gives its process and what reaches it."""
     gcs, dashboard, agent, client = free_ports(4)
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [
@@ -53,7 +54,7 @@ def head(tmp_path):
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--temp-dir={short_folder()}",
     ]  # fmt: skip
-    with open(tmp_path / "head.log", "w") as log:
+    with open(folder / "head.log", "a") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -62,6 +63,13 @@ def head(tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its children end with it
         process.wait(timeout=60)
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A head of two CPUs; yields the environment that reaches it."""
+    with a_head(tmp_path, secrets.token_hex(32)) as environment:
+        yield environment
 
 
 def short_folder() -> str:
@@ -82,13 +90,16 @@ def status_of(request: str | urllib.request.Request) -> int | None:
         return None
 
 
-def submit(environment: dict, folder: Path, entrypoint: str) -> subprocess.CompletedProcess:
+def submit(
+    environment: dict, folder: Path, entrypoint: str, *options: str
+) -> subprocess.CompletedProcess:
     deadline = time.monotonic() + 90
     while status_of(f"{environment['RAY_API_SERVER_ADDRESS']}/api/version") is None:
         assert time.monotonic() < deadline, "the dashboard does not start"
         time.sleep(0.2)
+    command = [RAY, "job", "submit", *options, "--working-dir", str(folder)]
     return subprocess.run(
-        [RAY, "job", "submit", "--working-dir", str(folder), "--", "sh", "-c", entrypoint],
+        [*command, "--", "sh", "-c", entrypoint],
         env=environment, cwd=folder, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
@@ -116,3 +127,54 @@ def test_submitted_sweep_fills_a_store_that_others_can_read(head, tiny_corpus, t
     )
     token = {"Authorization": f"Bearer {head['RAY_AUTH_TOKEN']}"}
     assert status_of(urllib.request.Request(jobs, headers=token)) == 200
+
+
+@pytest.mark.slow
+def test_after_a_stopped_job_and_after_a_lost_head_the_next_submit_goes_on(tiny_corpus, tmp_path):
+    folder, store, token = tmp_path / "work", tmp_path / "store", secrets.token_hex(32)
+    folder.mkdir()
+    study = EXPERIMENT.format(corpus=tiny_corpus.url).replace("640)", "48000)")
+    (folder / "study.py").write_text(study)
+    entrypoint = f"rayx run study.py --store {store} --set runs=16"
+    kept: dict[str, bytes] = {}
+
+    def wait_for_records(more: int) -> None:
+        deadline, wanted = time.monotonic() + 150, len(kept) + more
+        while len(list((store / "records").glob("*.json"))) < wanted:
+            assert time.monotonic() < deadline, f"no {wanted} records"
+            time.sleep(0.1)
+
+    def keep() -> None:
+        """Remember the records that there are; those of before must be the same."""
+        now = {file.name: file.read_bytes() for file in (store / "records").glob("*.json")}
+        assert kept.items() <= now.items()
+        kept.update(now)
+
+    def told(environment: dict, *command: str) -> str:
+        done = subprocess.run(
+            [RAY, "job", *command], env=environment, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout + done.stderr
+
+    with a_head(tmp_path, token) as environment:
+        options = ("--no-wait", "--submission-id", "first")
+        assert submit(environment, folder, entrypoint, *options).returncode == 0
+        wait_for_records(2)
+        told(environment, "stop", "first")
+        assert "was stopped" in told(environment, "status", "first")
+        time.sleep(3)  # what its trials finish still counts
+        keep()
+        assert 2 <= len(kept) < 16
+        again = ("--no-wait", "--submission-id", "second")
+        assert submit(environment, folder, entrypoint, *again).returncode == 0
+        wait_for_records(2)
+    time.sleep(3)  # the head was killed: Ray's processes end with it
+    keep()
+    assert len(kept) < 16
+    with a_head(tmp_path, token) as environment:
+        done = submit(environment, folder, entrypoint)
+        assert done.returncode == 0, done.stdout + done.stderr
+    keep()
+    opened = rayx.open(store)
+    assert progress(opened)["ok"] == len(kept) == 16 and not progress(opened)["alive"]
+    assert opened.runs()["run_id"].is_unique
