@@ -18,7 +18,8 @@ chaos: $(VENV)/ready ## 200 packs while workers, nodes, the driver and the S3 se
 	$(BIN)/python experiments/bench/chaos.py
 
 autoscaling: $(VENV)/ready ## Ray's autoscaler on this machine: nodes come, trials spread, nodes go
-	$(BIN)/python experiments/bench/autoscaling.py --plot autoscaling.png
+	mkdir -p runs
+	$(BIN)/python experiments/bench/autoscaling.py --plot runs/autoscaling.png
 
 lint: $(VENV)/ready ## formatter, linter, type checker
 	$(BIN)/ruff check .
