@@ -24,6 +24,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +40,8 @@ from rayx.remote import locate
 from rayx.spec import FORMAT
 
 log = logging.getLogger(__name__)
+
+READERS = 16  # of records at a time, from an object store
 
 
 def open_store(url: str | os.PathLike, create: bool = False) -> Store:
@@ -127,15 +130,22 @@ class Store(Files):
 
     def records(self, run_ids: Iterable[str] | None = None) -> list[Record]:
         """Return the records of `run_ids` (default: all); damaged ones are logged and left out."""
-        result = []
-        for run_id in sorted(self.status()) if run_ids is None else run_ids:
-            try:
-                result.append(self.get(run_id))
-            except UnreachableError:
-                raise
-            except StoreError as error:
-                log.warning("%s", error)
-        return result
+        asked = sorted(self.status()) if run_ids is None else list(run_ids)
+        if self.is_local:
+            found = [self._get_if_whole(run_id) for run_id in asked]
+        else:  # which answers many requests as soon as one
+            with ThreadPoolExecutor(READERS) as pool:
+                found = list(pool.map(self._get_if_whole, asked))
+        return [record for record in found if record is not None]
+
+    def _get_if_whole(self, run_id: str) -> Record | None:
+        try:
+            return self.get(run_id)
+        except UnreachableError:
+            raise
+        except StoreError as error:
+            log.warning("%s", error)
+            return None
 
     # Packs, heartbeats, sweeps ----------------------------------------------------------------
 
