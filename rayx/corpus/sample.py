@@ -114,6 +114,8 @@ def build_sample(
     Raises:
         CorpusError: See `extract_sample` and `build_corpus`.
     """
+    if "://" in str(out):
+        raise CorpusError(f"The sample is made in a local folder, {str(out)!r} is a URL.")
     out = Path(out).expanduser().absolute()
     if (out / MANIFEST).exists():
         found = Corpus.load(out)
