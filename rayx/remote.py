@@ -177,7 +177,8 @@ def is_transient(error: OSError) -> bool:
     if found is None:
         return False
     code, status, _ = found.groups()
-    return code in _TRANSIENT or status is not None and (status[0] == "5" or status in "408 429")
+    # 416: the object was replaced by a shorter one while it was read.
+    return code in _TRANSIENT or status in ("408", "416", "429") or (status or "")[:1] == "5"
 
 
 def explain(error: Exception) -> str:
