@@ -21,7 +21,7 @@ from rayx.errors import SweepError
 from rayx.sweep import Placement, cluster, run_sweep, tries
 from rayx.sweep.cluster import AHEAD, MAX_AHEAD, Room, connect
 from rayx.sweep.packs import Pack, PackSearcher
-from rayx.sweep.tries import NODE_DIED, NODE_LOSSES, TRIES, Tries
+from rayx.sweep.tries import NODE_DIED, NODE_LOSSES, TRIES, UNKNOWN, Tries
 from tests.samples import record, train_spec
 from tests.test_sweep import small_specs
 
@@ -78,6 +78,18 @@ def test_lost_nodes_burn_no_try_whether_ray_says_so_or_the_node_is_gone(store, n
     for _ in range(TRIES):
         assert die(judge, store, SPECS[0], node="c") == PACK
     assert store.status() == {}
+
+
+def test_before_a_pack_is_given_up_ray_has_time_to_find_that_its_node_is_gone(
+    store, nodes, monkeypatch
+):
+    judge = Tries(store, "commit")
+    for _ in range(TRIES):
+        assert die(judge, store, SPECS[0]) == PACK
+    looks, living = [], ray.nodes
+    monkeypatch.setattr(ray, "nodes", lambda: looks.append(1) or living()[len(looks) > 3 :])
+    assert die(judge, store, SPECS[0], why=f"The actor {UNKNOWN}: Socket closed") == PACK
+    assert len(looks) > 3 and store.status() == {}
 
 
 def test_a_pack_that_takes_its_machine_down_each_time_ends(store, nodes):
@@ -246,7 +258,7 @@ run_sweep(small_specs(corpus, 1, steps=int(sys.argv[4])), corpus,
 @pytest.fixture
 def local_nodes(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("local_nodes")
+    return importlib.import_module("clusters.nodes")
 
 
 @pytest.mark.slow
@@ -370,7 +382,7 @@ def test_chaos_in_small_loses_nothing():
 
 def test_the_schedule_of_kills_is_a_function_of_its_seed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    chaos = importlib.import_module("chaos_harness")
+    chaos = importlib.import_module("clusters.harness")
     what = list(chaos.SHARES)
     first = chaos.schedule(3, 24, 400, what)
     assert first == chaos.schedule(3, 24, 400, what) != chaos.schedule(4, 24, 400, what)

@@ -19,11 +19,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from chaos import make_corpus, make_specs
-from local_nodes import Node, environment, free_port, short_folder, wait_for_port
-
 import rayx
 from rayx.corpus import Corpus
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chaos import make_corpus, make_specs  # noqa: E402
+from clusters.nodes import Node, environment, free_port, short_folder, wait_for_port  # noqa: E402
 
 HEAD = "f" * 51 + "00000"  # the name that the provider gives to the head
 CPUS = 2  # of a node

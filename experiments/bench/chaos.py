@@ -25,14 +25,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from chaos_harness import SHARES, Harness, digest, schedule
-
 import rayx
 from rayx import Evaluation, Mixture, ModelShape, Optimizer, Schedule, TrainSpec
 from rayx.choose import choose
 from rayx.corpus import Corpus, Source, build_corpus
 from rayx.fit import Table, fit_table
 from rayx.store import Store
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from clusters.harness import SHARES, Harness, digest, schedule  # noqa: E402
 
 DOMAINS = {"code": 11, "law": 7, "news": 5}  # -> step of the rule that its words follow
 RUNS_OF_A_PACK = 2

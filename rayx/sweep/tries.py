@@ -24,6 +24,8 @@ TRIES = 3  # of a pack whose process dies, beyond the first
 NODE_LOSSES = 20  # of a pack, so that one that kills its machine does not go on for ever
 IDLE_SECONDS = 60.0  # without a running trial, until that is said, and said again
 NODE_DIED = "its node has died"  # Ray's words on an actor that went with its node
+UNKNOWN = "is temporarily unavailable"  # its words where it lost sight of an actor a second ago
+VERDICT_SECONDS = 20.0  # in which Ray finds out that a node has gone
 
 
 class Tries:
@@ -52,8 +54,12 @@ class Tries:
             self._losses[pack.pack_id] = self._losses.get(pack.pack_id, 0) + 1
         else:
             deaths.append(beat.get("node"))
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        counted = sum(node is None or node in alive for node in deaths)
+        counted = _on_living_nodes(deaths)
+        if counted > TRIES and UNKNOWN in why:
+            deadline = time.monotonic() + VERDICT_SECONDS
+            while _on_living_nodes(deaths[-1:]) and time.monotonic() < deadline:
+                time.sleep(0.5)
+            counted = _on_living_nodes(deaths)
         lost = self._losses.get(pack.pack_id, 0) + len(deaths) - counted
         log.info("pack %s died (%d, %d nodes lost)", pack.pack_id, counted, lost)
         if counted <= TRIES and lost <= NODE_LOSSES:
@@ -88,6 +94,12 @@ class Tries:
             if spec.run_id in runs and ended.get(spec.run_id) != "ok":
                 log.warning("run %s is given up: %s", spec.run_id, message)
                 self._store.put(failed_record(spec, failure, pack.pack_id, self._commit))
+
+
+def _on_living_nodes(deaths: list[str | None]) -> int:
+    """Return how many of the nodes are alive, or not known."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return sum(node is None or node in alive for node in deaths)
 
 
 class Attention(tune.Callback):

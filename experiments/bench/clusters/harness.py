@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from local_nodes import Node, environment, free_port, kill_tree, short_folder, wait_for_port
-
 from rayx.errors import RayxError
 from rayx.store import Store, open_store
 
-ROOT = Path(__file__).parents[2]
+from .nodes import Node, environment, free_port, kill_tree, short_folder, wait_for_port
+
+ROOT = Path(__file__).parents[3]
 SERVER = ROOT / "tests" / "s3_server.py"
-CHAOS = Path(__file__).with_name("chaos.py")
+CHAOS = Path(__file__).parents[1] / "chaos.py"
 SHARES = {"worker": 9, "node": 5, "driver": 4, "server": 4, "cluster": 1}  # of the kills
 MOST_SUBMITS = 60
 MOST_SECONDS = 840.0

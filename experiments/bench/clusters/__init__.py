@@ -1,0 +1,1 @@
+"""Clusters of a bench's own, as processes of this machine."""
