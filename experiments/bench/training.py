@@ -1,6 +1,6 @@
 """How fast does a proxy train, against an eager loop and against what the machine can do?
 
-    python experiments/bench/training.py [--repeats 5] [--seconds 1] [--shapes quickstart] [--json]
+    python experiments/bench/training.py [--repeats 5] [--seconds 2] [--shapes quickstart] [--json]
 
 Paired in one process of one thread, the four in turn in every repeat:
 
@@ -319,26 +319,25 @@ def main() -> None:
     )
     parser.add_argument("--corpus", default="data/sample", help="built there if it is not")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one run of the eager loop")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one run of the eager loop")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=200, help="of a run on a GPU")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     corpus = build_sample(Path(arguments.corpus), vocab_size=1024)
     set_threads(1)
-    results = [
-        on_a_gpu(name, corpus, arguments.steps)
-        if torch.cuda.is_available()
-        else on_one_core(name, corpus, arguments.repeats, arguments.seconds)
-        for name in arguments.shapes
-    ]
+    results = []
+    for name in arguments.shapes:
+        if torch.cuda.is_available():
+            results.append(on_a_gpu(name, corpus, arguments.steps))
+        else:
+            results.append(on_one_core(name, corpus, arguments.repeats, arguments.seconds))
+        if not arguments.json:
+            for key, value in results[-1].items():
+                print(f"{key:28} {value:.4g}" if isinstance(value, float) else f"{key:28} {value}")
+            print(flush=True)
     if arguments.json:
         print(json.dumps(results))
-        return
-    for result in results:
-        for name, value in result.items():
-            print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
-        print()
 
 
 if __name__ == "__main__":
