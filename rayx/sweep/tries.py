@@ -108,6 +108,7 @@ class Attention(tune.Callback):
     def __init__(self, searcher: PackSearcher, needs: str) -> None:
         self._searcher, self._needs = searcher, needs
         self._running: set[str] = set()
+        self._last: Any = None  # the trial that ended last
         self._idle_since = self._said = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -116,11 +117,11 @@ class Attention(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Note that it has ended."""
-        self._ended(trial)
+        self._ended(trial, trials)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Hand on what Tune wrote about the error; a searcher hears only that there was one."""
-        self._ended(trial)
+        self._ended(trial, trials)
         why = Path(trial.error_file).read_text() if trial.error_file else ""
         self._searcher.on_trial_death(trial.trial_id, why)
 
@@ -132,6 +133,12 @@ class Attention(tune.Callback):
             seconds = now - self._idle_since
             log.warning("no trial for %.0f s: each needs %s on one node", seconds, self._needs)
 
-    def _ended(self, trial: Any) -> None:
+    def _ended(self, trial: Any, trials: list) -> None:
         self._running.discard(trial.trial_id)
         self._idle_since = time.monotonic()
+        # Results are in the store. Tune's own keep growing: statistics of each metric, and, when
+        # all is done, a look at each trial of its list, which must not be empty then.
+        trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps = {}, {}
+        if self._last in trials:
+            trials.remove(self._last)
+        self._last = trial
