@@ -371,7 +371,7 @@ def test_nodes_come_for_an_elastic_sweep_and_go_when_it_is_done(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_chaos_in_small_loses_nothing():
-    result = bench("chaos", "--packs", "12", "--kills", "5", "--seed", "1")
+    result = bench("chaos", "--packs", "12", "--kills", "5", "--seed", "1", "--steps", "800")
     assert len(result["kills"]) == 5 and set(result["kills_by_kind"]) == {
         "worker", "node", "driver", "server", "cluster",
     }  # fmt: skip

@@ -192,6 +192,7 @@ def measure(packs: int, kills: int, seed: int, steps: int, store_kind: str, say)
             "seed": seed,
             "packs": packs,
             "runs": runs,
+            "kills_planned": len(planned),
             "kills": done,
             "kills_by_kind": dict(Counter(each["what"] for each in done)),
             "driver_submits": harness.submits,
@@ -221,6 +222,7 @@ def passed(result: dict) -> bool:
         not any(result[name] for name in wrong)
         and result["records"] == result["curves_equal"] == result["runs"]
         and result["choice_equal"]
+        and len(result["kills"]) == result["kills_planned"]
     )
 
 

@@ -136,9 +136,7 @@ class Harness:
             os.kill(pid, signal.SIGKILL)
             return f"worker {pid}"
         if kill.what == "node":
-            nodes = [node for node in self.nodes[1:] if node.trials()]
-            if not nodes:
-                return None
+            nodes = [node for node in self.nodes[1:] if node.trials()] or self.nodes[1:]
             node = nodes[int(kill.which * len(nodes))]
             busy = len(node.trials())
             node.kill()
