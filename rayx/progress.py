@@ -107,11 +107,12 @@ def duration(seconds: float) -> str:
 def state_line(state: dict) -> str:
     """Return what `progress` says of the driver, and since when."""
     ago = duration(max(0.0, time.time() - state["seen"]))
+    word: str = state["state"]
     return {
         "stalled": "stalled: the driver lives, but no run moves; see Ray's logs and free resources",
         "stopped": "stopped; run it again to go on",
         "dead": f"dead: last sign of life {ago} ago; run it again to go on",
-    }.get(state["state"], state["state"])
+    }.get(word, word)
 
 
 def progress_line(state: dict) -> str:
