@@ -191,7 +191,9 @@ def main() -> None:
     results, samples = [], []
     with tempfile.TemporaryDirectory(prefix="rayx-scale-") as folder:
         made = corpus(folder)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
         sweep(made, folder, 50, 1)
         for size in sizes[-1:] if arguments.soak else sizes:
             result, samples = sweep(made, folder, size, arguments.pack_size)
