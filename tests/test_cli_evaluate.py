@@ -226,7 +226,7 @@ def test_rows_keep_what_is_there(tmp_path):
 
 
 BAD_WEIGHTS = {
-    "no file": (None, "cannot be read"),
+    "no file": (None, "Cannot read"),
     "empty": ("id,code,law,news\n", "is empty"),
     "unknown expert": ("id,code,law,new\nx,1,0,0\n", "'new', and there is no such.*mean 'news'"),
     "expert without a column": ("id,code,law\nx,1,0\n", "Expert 'news' has no column"),

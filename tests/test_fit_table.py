@@ -53,8 +53,8 @@ def losses(index, row, header="id,x,y"):
 
 
 BAD = {
-    "weights file missing": (None, "", r"There is no file .*w\.csv"),
-    "losses file missing": ("", None, r"There is no file .*l\.csv"),
+    "weights file missing": (None, "", r"Cannot read .*w\.csv"),
+    "losses file missing": ("", None, r"Cannot read .*l\.csv"),
     "empty file": (b"", "", r"w\.csv is empty; expected a header"),
     "header only": ("", "id,x,y\n", r"l\.csv is empty"),
     "blank lines only": ("\n\n \n", "", r"w\.csv is empty"),
@@ -117,7 +117,7 @@ def test_from_csv_bad_input_is_named(write, weights_text, losses_text, words):
 
 
 def test_from_csv_folder_is_named(tmp_path):
-    with pytest.raises(FitError, match="cannot be read"):
+    with pytest.raises(FitError, match="Cannot read .*Is a directory"):
         Table.from_csv(tmp_path, tmp_path)
 
 

@@ -19,13 +19,13 @@ def check_csv(path: str | Path, error: type[RayxError]) -> None:
     """
     place = Path(path).expanduser()
     if not place.exists():  # a URL neither: nothing is fetched
-        raise error(f"There is no file {path}.")
+        raise error(f"Cannot read {path}: there is no such file on this machine.")
     try:
         size = place.stat().st_size
         with open(place, "rb") as file:
             header = file.readline(MOST_HEADER_BYTES + 1)
     except OSError as reason:
-        raise error(f"{path} cannot be read: {reason.strerror}.") from reason
+        raise error(f"Cannot read {path}: {reason.strerror}.") from reason
     if size > MOST_BYTES:
         raise error(
             f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}. Leave out columns "
