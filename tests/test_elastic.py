@@ -194,10 +194,10 @@ def test_a_trial_that_no_node_type_can_hold_is_refused_with_elastic_too(
     assert "No node can hold a trial (1 CPU and 1 GPU)" in caplog.text
 
 
-def slow_pack(log, specs, corpus, **arguments):
+def slow_pack(log, specs, corpus, seconds=0.15, **arguments):
     with open(log, "a") as file:
         file.write("".join(f"{os.getpid()} {spec.run_id}\n" for spec in specs))
-    time.sleep(0.15)
+    time.sleep(seconds)
     return [record(spec) for spec in specs]
 
 
@@ -315,7 +315,8 @@ from tests.test_elastic import slow_pack
 from tests.test_sweep import small_specs
 corpus = Corpus.load(sys.argv[1])
 run_sweep(small_specs(corpus, 120), corpus, rayx.open(sys.argv[2], create=True),
-          functools.partial(slow_pack, sys.argv[3]), placement=Placement(pack_size=2))
+          functools.partial(slow_pack, sys.argv[3], seconds=0.8),  # longer than a driver's start
+          placement=Placement(pack_size=2))
 """
 
 
