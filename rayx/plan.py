@@ -38,6 +38,7 @@ class Plan:
         caps: Domain -> largest share that was allowed; a domain left out had none.
         corpus: Fingerprint of the corpus.
         choice: The choice, with predicted losses, intervals, baselines and warnings.
+        labels: Label (licence, language …) -> value -> its share of what is trained on.
         verdict: Outcome of the verification in one sentence, or None.
         provenance: store (URL), runs (hash of the run_ids fitted), run_ids, rayx, created.
     """
@@ -51,6 +52,7 @@ class Plan:
     provenance: dict[str, Any]
     branches: dict[str, Schedule] = field(default_factory=dict)
     decay_share: float | None = None
+    labels: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: str | None = None
 
     @classmethod
@@ -68,7 +70,8 @@ class Plan:
         return cls(
             schedule=Schedule.constant(mixture, budget_tokens),
             epochs=epochs(mixture, budget_tokens, corpus.tokens),
-            domain_tokens={d: corpus.tokens[d] for d in corpus.domains},
+            domain_tokens={d: corpus.tokens[d] for d in dict.fromkeys((*corpus.domains, *mixture))},
+            labels=corpus.mixture_labels(mixture),
             caps=dict(caps),
             corpus=corpus.fingerprint,
             choice=json.loads(choice.to_json()),
@@ -152,7 +155,7 @@ class Plan:
             )
         for name, phases in self.paths.items():
             path = Schedule(phases)
-            path.average().check(corpus.domains, f"corpus {corpus.url}")
+            corpus.check_mixture(path.average())
             for domain, tokens in path.domain_tokens(path.tokens).items():
                 passes, planned = tokens / corpus.tokens[domain], self.epochs.get(domain, 0.0)
                 if passes > 1.01 * max(1.0, planned):

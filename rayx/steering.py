@@ -135,4 +135,4 @@ def check_policy(spec: TrainSpec, corpus: Corpus) -> None:
                 "'first' and the run Evaluation(part='second')."
             )
     for source in getattr(signal, "sources", ()):
-        source.check(corpus.domains, f"corpus {corpus.url} (of {who})")
+        corpus.check_mixture(source, f" (of {who})")

@@ -191,7 +191,7 @@ def damage_version(out: Path) -> None:
         (damage_truncate, r"domains/web/train.bin has 100 bytes, expected \d+. Build the corpus"),
         (lambda out: (out / "domains/web/heldout.bin").unlink(), "heldout.bin is missing"),
         (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (damage_version, "format version 99, this rayx reads 1"),
+        (damage_version, "format version 99, this rayx reads 2"),
         (lambda out: (out / "manifest.json").write_text("{"), "is not JSON"),
         (lambda out: (out / "manifest.json").unlink(), "is no corpus: it has no manifest.json"),
     ],

@@ -46,7 +46,7 @@ def test_rows_without_domain_are_counted_beside_the_domains(tmp_path: Path) -> N
     source = Source(path=write_jsonl(tmp_path / "a.jsonl", rows), domain_column="label")
     corpus = build(source, tmp_path)
     assert corpus.domains == ("0", "1")
-    assert describe(corpus).loc["(no domain)", "reasons"] == "1 null domain"
+    assert describe(corpus).loc["(no domain)", "reasons"] == "1 null label"
 
 
 def test_every_format_gives_the_same_corpus(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import rayx
 from rayx import Corpus, Mixture, Schedule
 from rayx.choose import Choice
-from rayx.corpus import Source, build_corpus, source
+from rayx.corpus import Source, build_corpus, documents
 from rayx.errors import CorpusError, FitError, ModelError, RayxError, SpecError, StoreError
 from rayx.fit import Table
 from rayx.fit.laws.table import LawTable
@@ -352,7 +352,7 @@ PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zs
 def test_file_that_expands_is_refused_before_it_fills_the_memory(
     tmp_path, monkeypatch, suffix, form
 ):
-    monkeypatch.setattr(source, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(documents, "MOST_BYTES", 1_000_000)
     pack = PACKED[suffix] or (lambda data: pa.compress(data, "zstd", asbytes=True))
     file = tmp_path / f"bomb.{form}{suffix}"
     file.write_bytes(pack(LINE))

@@ -94,7 +94,7 @@ def choose(
     supply: dict[str, float] = dict.fromkeys(table.domains, 1.0)
     opened = Corpus.load(corpus) if corpus else None
     if opened is not None and tokens is not None:
-        missing = [d for d in table.domains if d not in opened.domains]
+        missing = [d for d in table.domains if d not in opened.domains and not opened.selection(d)]
         if missing:
             raise SpecError(f"Corpus {corpus} has no domain {missing[0]!r}, which the runs have.")
         supply = {d: float(opened.tokens[d]) for d in table.domains}
@@ -147,7 +147,7 @@ def choose(
             kept.write_json(f"plans/{name}.json", plan.to_json())
     if as_json:
         return typer.echo(choice.to_json())
-    show_choice(choice)
+    show_choice(choice, opened)
 
 
 def parse_groups(text: str) -> list[Group]:

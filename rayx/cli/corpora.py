@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,13 +18,27 @@ def build(
         list[str] | None, typer.Option("--source", help="domain=path; again for more.")
     ] = None,
     table: Annotated[
-        str | None, typer.Option(help="Files with a column that names the domain.")
+        str | None, typer.Option(help="Files with columns that name the domain.")
     ] = None,
-    domain_column: Annotated[str, typer.Option(help="That column, with --table.")] = "domain",
+    domain_column: Annotated[
+        str, typer.Option(help="That column, with --table; topic,quality crosses two.")
+    ] = "domain",
     evaluation: Annotated[
         list[str] | None, typer.Option("--evaluation", help="target=path, held out whole.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    group_column: Annotated[
+        str | None, typer.Option(help="Documents of one value are held out together, or not.")
+    ] = None,
+    label_columns: Annotated[
+        str | None, typer.Option(help="Columns to count by their values: licence,language.")
+    ] = None,
+    score_column: Annotated[
+        str | None, typer.Option(help="Sorts training text, so that web@0.3 is web's best 30%.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="A second document of an id is skipped.")
+    ] = None,
     tokenizer: Annotated[
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
@@ -35,8 +49,15 @@ def build(
 
     Example: `rayx corpus build data/mine --source web=web/*.parquet --source code=code.jsonl`
     """
+    columns: dict[str, Any] = {
+        "text_column": text_column,
+        "group_column": group_column,
+        "label_columns": tuple(_names(label_columns)),
+        "score_column": score_column,
+        "id_column": id_column,
+    }
     given = [
-        Source(path=path, domain=domain, text_column=text_column, evaluation_only=held_out)
+        Source(path=path, domain=domain, evaluation_only=held_out, **columns)
         for option, values, held_out in (
             ("--source", sources, False),
             ("--evaluation", evaluation, True),
@@ -44,7 +65,7 @@ def build(
         for domain, path in (_named(option, value) for value in values or [])
     ]
     if table:
-        given.append(Source(path=table, domain_column=domain_column, text_column=text_column))
+        given.append(Source(path=table, domain_column=tuple(_names(domain_column)), **columns))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
     built = build_corpus(given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed)
     say(describe(built).to_string())
@@ -78,6 +99,10 @@ def show(
         opened.verify()
     say(describe(opened).to_string())
     typer.echo(f"fingerprint {opened.fingerprint}, vocabulary {opened.vocab_size}")
+
+
+def _names(value: str | None) -> list[str]:
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
 def _named(option: str, value: str) -> tuple[str, str]:

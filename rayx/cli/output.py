@@ -23,12 +23,14 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from rayx.choose import Choice
+from rayx.corpus import Corpus
 from rayx.errors import SpecError
 from rayx.progress import duration
 from rayx.split import SplitChoice
 
 log = logging.getLogger(__name__)
 
+MOST_VALUES = 8  # of a label, in a table
 LOG_SECONDS = 15.0  # between plain lines, where the output is not a terminal
 
 
@@ -101,14 +103,24 @@ def warn(warnings: Sequence[str]) -> None:
         say(f"warning: {warning}", err=True)
 
 
-def show_choice(choice: Choice) -> None:
-    """Print the chosen shares beside the baselines', and what each is predicted to reach."""
+def show_choice(choice: Choice, corpus: Corpus | None = None) -> None:
+    """Print the chosen shares beside the baselines', and what each is predicted to reach.
+
+    Of a corpus with labels (licences, languages) also the share of each value.
+    """
     grid = grid_of("", "choice", *choice.baselines)
     for domain, share in choice.weights.items():
         others = (b.weights[domain] for b in choice.baselines.values())
         grid.add_row(domain, *(f"{w:.3f}" for w in (share, *others)))
     predicted = [choice.predicted, *(b.predicted for b in choice.baselines.values())]
     grid.add_row("predicted objective", *(f"{value:.4f}" for value in predicted))
+    if corpus is not None and corpus.axes:
+        mixtures = [choice.weights, *(b.weights for b in choice.baselines.values())]
+        labels = [corpus.mixture_labels(weights) for weights in mixtures]
+        for axis in corpus.axes:
+            for value in list(labels[0][axis])[:MOST_VALUES]:
+                shares = (f"{found[axis].get(value, 0.0):.3f}" for found in labels)
+                grid.add_row(f"{axis}: {value}", *shares)
     Console().print(grid)
     low, high = choice.interval
     typer.echo(f"{choice.level:.0%} interval of the choice: {low:.4f} to {high:.4f}")

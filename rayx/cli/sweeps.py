@@ -121,7 +121,7 @@ def run(
             if isinstance(conclusion.choice, SplitChoice):
                 show_split(conclusion.choice)
             else:
-                show_choice(conclusion.choice)
+                show_choice(conclusion.choice, corpus)
             if conclusion.verification:
                 typer.echo(f"verdict: {conclusion.verification['verdict']}")
             for what, place in conclusion.files.items():

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from rayx.corpus.corpus import Corpus
+from rayx.corpus.documents import documents
 from rayx.corpus.encode import encode_shard
 from rayx.corpus.manifest import (
     FORMAT_VERSION,
@@ -39,8 +40,8 @@ from rayx.corpus.manifest import (
     write_whole,
 )
 from rayx.corpus.progress import progress
-from rayx.corpus.source import Location, Source, documents, locate
-from rayx.corpus.stage import SPLITS, Tally, stage_sources, staged_parts
+from rayx.corpus.source import Location, Source, locate
+from rayx.corpus.stage import SPLITS, Tally, by_score, stage_sources, staged_parts
 from rayx.corpus.tokenizer import (
     MIN_VOCAB_SIZE,
     balanced_texts,
@@ -262,6 +263,8 @@ def _encode(
                     continue
                 on_ray = tally.bytes[split] > RAY_BYTES if parallel is None else parallel
                 parts = staged_parts(state / "text", name, split)
+                if split == "train" and tally.ordered_by:
+                    parts = by_score(parts, state / "sorted" / name)
                 file = f"domains/{name}/{split}.bin"
                 facts_file = state / "encoded" / f"{name}.{split}.json"
                 facts = encode_shard(parts, out / file, facts_file, tokenizer_json, dtype,

@@ -9,6 +9,9 @@ copies on this node, each shard fetched when it is first asked for.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,30 @@ import numpy as np
 from pyarrow import fs
 from tokenizers import Tokenizer
 
+from rayx.corpus.documents import UNKNOWN
 from rayx.corpus.manifest import REBUILD, read_manifest
 from rayx.corpus.tokenizer import plain
 from rayx.corpus.transfer import fetch, read_chunks
 from rayx.errors import CorpusError, did_you_mean
+from rayx.mixture import Mixture
 from rayx.remote import locate, reach
+from rayx.selection import parse_selection
+
+
+class _Supply(dict[str, int]):
+    """Train tokens by domain; a selection's are worked out when asked for."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        facts = corpus.manifest["domains"]
+        super().__init__({d["name"]: d["train"]["tokens"] for d in facts if "train" in d})
+        self._corpus = corpus
+
+    def __missing__(self, name: str) -> int:
+        selection = self._corpus.selection(name)
+        if selection is None:
+            raise KeyError(name)
+        domain, share = selection
+        return math.ceil(share * self[domain])
 
 
 class Corpus:
@@ -98,8 +120,8 @@ class Corpus:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Train tokens of each domain."""
-        return {name: self._domains[name]["train"]["tokens"] for name in self.domains}
+        """Train tokens of each domain; `tokens["web@0.3"]` are those of a selection."""
+        return _Supply(self)
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -126,16 +148,88 @@ class Corpus:
         total = sum(self.tokens.values())
         return {name: tokens / total for name, tokens in self.tokens.items()}
 
-    def train(self, domain: str) -> np.memmap:
-        """Return a domain's train tokens, 1-d, read from disk as they are used.
+    def selection(self, name: str) -> tuple[str, float] | None:
+        """Return domain and share of a selection such as `web@0.3`; None if the name is none.
+
+        Raises:
+            CorpusError: The domain's text is not ordered by a score.
+        """
+        found = None if name in self._domains else parse_selection(name)
+        if found is None or found[0] not in self.domains:
+            return None
+        if self._domains[found[0]]["ordered_by"] is None:
+            raise CorpusError(
+                f"{name!r} asks for the best {found[1]:.0%} of {found[0]!r}, whose documents have "
+                f"no scores in corpus {self.url}. Build it with a score column (--score-column)."
+            )
+        return found
+
+    def check_mixture(self, mixture: Mixture, who: str = "") -> None:
+        """Refuse a mixture of domains, or selections inside them, that are not here.
+
+        Raises:
+            SpecError: No such domain.
+            CorpusError: A selection inside a domain without scores.
+        """
+        selections = [name for name in mixture if self.selection(name)]
+        mixture.check((*self.domains, *selections), f"corpus {self.url}{who}")
+
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """Return domains and selections in the order of `domains`, each before its selections."""
+        place = {domain: k for k, domain in enumerate(self.domains)}
+        parsed = {name: self.selection(name) or (name, 0.0) for name in names}
+        known = [name for name, (domain, _) in parsed.items() if domain in place]
+        return sorted(known, key=lambda name: (place[parsed[name][0]], parsed[name][1]))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the labels that are counted in some domain."""
+        return tuple(dict.fromkeys(c for d in self._domains.values() for c in d["labels"]))
+
+    def label_shares(self, axis: str) -> dict[str, dict[str, float]]:
+        """Return domain -> value of a label -> its share of the training text's bytes.
+
+        Raises:
+            CorpusError: No such label in the corpus.
+        """
+        if axis not in self.axes:
+            raise CorpusError(
+                f"Corpus {self.url} has no label {axis!r}; it has {', '.join(self.axes) or 'none'}."
+                + did_you_mean(axis, self.axes)
+            )
+        shares = {}
+        for name in self.domains:
+            counts = self._domains[name]["labels"].get(axis) or {UNKNOWN: 1}
+            total = sum(counts.values()) or 1
+            shares[name] = {v: n / total for v, n in sorted(counts.items(), key=_largest_first)}
+        return shares
+
+    def mixture_labels(self, mixture: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return label -> value -> its share of what is trained on, largest first.
+
+        share_v = sum_k w_k share_kv. A selection is taken to have its domain's shares.
+        """
+        result = {}
+        for axis in self.axes:
+            by_domain, found = self.label_shares(axis), Counter[str]()
+            for name, weight in mixture.items():
+                domain = (self.selection(name) or (name,))[0]
+                for value, share in by_domain[domain].items():
+                    found[value] += weight * share  # pyright: ignore[reportArgumentType]
+            result[axis] = dict(sorted(found.items(), key=_largest_first))
+        return result
+
+    def train(self, domain: str) -> np.ndarray:
+        """Return the train tokens of a domain or selection, 1-d, read from disk as they are used.
 
         Of a remote corpus the shard is fetched first, once a node.
 
         Raises:
-            CorpusError: No such domain, or it is evaluation-only.
+            CorpusError: No such domain, it is evaluation-only, or has no scores to select by.
         """
         self.check_target(domain, "train")
-        return self._map(domain, "train")
+        name = (self.selection(domain) or (domain,))[0]
+        return self._map(name, "train")[: self.tokens[domain]]
 
     def heldout(self, target: str) -> np.memmap:
         """Return a target's held-out tokens, 1-d, read from disk as they are used.
@@ -152,6 +246,8 @@ class Corpus:
         Raises:
             CorpusError: No such target, or it is evaluation-only.
         """
+        if split == "train" and self.selection(name):
+            return
         if split == "train" and self._target(name)["evaluation_only"]:
             raise CorpusError(
                 f"{name!r} is evaluation-only in corpus {self.url}: it has no train tokens. "
@@ -202,6 +298,10 @@ class Corpus:
         shards = [d[s] for d in self._domains.values() for s in ("train", "heldout") if s in d]
         files = [self.manifest["tokenizer"], *shards]
         return [(f["file"], f["file_bytes"], f["sha256"]) for f in files]
+
+
+def _largest_first(item: tuple[str, float]) -> tuple[float, str]:
+    return (-item[1], item[0])
 
 
 def _open(url: str) -> tuple[fs.FileSystem, str]:

@@ -19,7 +19,7 @@ from rayx.errors import UNREADABLE, CorpusError
 from rayx.recipe import is_int
 from rayx.remote import reach
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MOST_MANIFEST_BYTES = 100_000_000  # about 500 bytes a domain
@@ -53,6 +53,7 @@ def write_manifest(
         domains.append({
             "name": name, "evaluation_only": tally.evaluation_only, **mine,
             "duplicates": tally.duplicates, "skipped": dict(tally.skipped),
+            "labels": tally.labels, "ordered_by": tally.ordered_by,
             "fingerprint": _domain_fingerprint(tokenizer_hash, mine),
         })  # fmt: skip
     manifest = {
@@ -149,12 +150,15 @@ def _check(manifest: dict[str, Any]) -> None:
     counts = [("skipped_without_domain", manifest["skipped_without_domain"])]
     counts += [(f"skipped of {d['name']!r}", d["skipped"]) for d in domains]
     counts += [(f"duplicates of {d['name']!r}", {"": d["duplicates"]}) for d in domains]
+    counts += [(f"label {c!r} of {d['name']!r}", v)
+               for d in domains for c, v in d["labels"].items()]  # fmt: skip
     for what, found in counts:
         _want(all(is_int(n) and n >= 0 for n in found.values()), what, found, "counts")
     names = [check_domain_name(domain["name"]) for domain in domains]
     _want(len(set(names)) == len(names), "domains", names, "each name once")
     for name, domain in zip(names, domains, strict=True):
-        only = domain["evaluation_only"]
+        only, order = domain["evaluation_only"], domain["ordered_by"]
+        _want(order is None or isinstance(order, str), f"ordered_by of {name!r}", order, "a name")
         _want(isinstance(only, bool), f"evaluation_only of {name!r}", only, "true or false")
         splits = [split for split in SPLITS if split in domain]
         _want("heldout" in splits and only != ("train" in splits), f"splits of {name!r}", splits,

@@ -1,30 +1,15 @@
-"""Stage 1, corpus: where the text comes from, and the documents in it.
+"""Stage 1, corpus: where the text comes from.
 
-A source is files (Parquet, JSONL, plain text; local or remote) or a Hugging Face hub name. Local
-JSONL and text are read here, never more than MOST_BYTES at once however much a compressed file
-expands to; the `datasets` library reads the rest. A source names one domain, or the column that
-holds each document's domain. Whatever cannot be a document is counted by its reason, never dropped
-silently; whatever would spoil the whole source is a CorpusError before any work is done.
-
-JSONL is parsed here line by line, so that a broken line is named by file and number and a
-value of an unexpected type spoils only its own document. Invalid UTF-8 decodes to U+FFFD, so a
-document that holds U+FFFD is skipped as invalid.
+A source is files (Parquet, JSONL, plain text; local or remote) or a Hugging Face hub name. It names
+one domain, or the columns whose values, joined, name each document's domain.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
-import json
 import logging
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from rayx.errors import CorpusError, did_you_mean
 
@@ -32,8 +17,6 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-MOST_BYTES = 100_000_000  # of a document, decompressed
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what compressed files raise
 FORMATS = ("parquet", "jsonl", "json", "txt", "hub")
 
 
@@ -56,13 +39,19 @@ def check_domain_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Text for one domain (`domain`) or for the domains named in a column (`domain_column`).
+    """Text for one domain (`domain`) or for the domains named in columns (`domain_column`).
 
     Args:
         path: Local file, folder or glob, URL, or Hugging Face hub name.
         domain: Name of the domain that all documents belong to.
-        domain_column: Column with each document's domain, instead of `domain`.
+        domain_column: Column with each document's domain, instead of `domain`; of several columns
+            the domain is the crossing: their values joined by "." (`wiki.high`).
         text_column: Column with the text.
+        label_columns: Columns whose values are counted in each domain by bytes (licence, language);
+            domain columns are labels too.
+        score_column: Column of numbers by which the training text of a domain is sorted, highest
+            first, so that a mixture can ask for `web@0.3`, its best 30%.
+        id_column: Column of ids; a second document of an id is skipped.
         group_column: Column whose value keeps documents together when the held-out set is chosen
             (pieces of one book go the same way). None: each document by itself.
         format: "parquet", "jsonl" ("json"), "txt" or "hub"; None takes it from the suffix. One
@@ -78,8 +67,11 @@ class Source:
 
     path: str
     domain: str | None = None
-    domain_column: str | None = None
+    domain_column: str | tuple[str, ...] | None = None
     text_column: str = "text"
+    label_columns: tuple[str, ...] = ()
+    score_column: str | None = None
+    id_column: str | None = None
     group_column: str | None = None
     format: str | None = None
     split: str = "train"
@@ -90,6 +82,11 @@ class Source:
         if not str(self.path):
             raise CorpusError("Source has an empty path; name a file, folder, URL or hub dataset.")
         object.__setattr__(self, "path", str(self.path))
+        if isinstance(self.domain_column, str):
+            object.__setattr__(self, "domain_column", (self.domain_column,))
+        elif self.domain_column is not None:
+            object.__setattr__(self, "domain_column", tuple(self.domain_column))
+        object.__setattr__(self, "label_columns", tuple(self.label_columns))
         if (self.domain is None) == (self.domain_column is None):
             raise CorpusError(
                 f"Source {self.path!r} needs exactly one of domain (a name for all of it) and "
@@ -103,15 +100,16 @@ class Source:
                 + did_you_mean(self.format, FORMATS)
             )
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Columns that are counted as labels."""
+        return tuple(dict.fromkeys((*(self.domain_column or ()), *self.label_columns)))
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document, or the reason (`skip`) why a row is none; domain None if it names none."""
-
-    domain: str | None
-    text: str
-    group: str | None
-    skip: str | None = None
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        optional = (self.group_column, self.score_column, self.id_column)
+        return tuple(dict.fromkeys((self.text_column, *self.axes, *(c for c in optional if c))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,154 +193,13 @@ def _check_parquet(source: Source, file: str) -> None:
         raise CorpusError(f"Source file {file!r} is not readable as Parquet: {error}") from None
     if not meta.num_rows:
         raise CorpusError(f"Source file {file!r} is empty (a Parquet file with 0 rows).")
-    _check_columns(source, file, meta.schema.to_arrow_schema().names)
+    check_columns(source, file, meta.schema.to_arrow_schema().names)
 
 
-def _check_columns(source: Source, where: str, columns: list[str]) -> None:
-    for column in (source.text_column, source.domain_column, source.group_column):
-        if column is not None and column not in columns:
+def check_columns(source: Source, where: str, columns: list[str]) -> None:
+    for column in source.columns:
+        if column not in columns:
             raise CorpusError(
                 f"{where} has no column {column!r}; columns found: {', '.join(columns)}."
                 + did_you_mean(column, columns)
             )
-
-
-def documents(source: Source, location: Location) -> Iterator[Document]:
-    """Yield every row of a source as a document or a counted skip, in file order.
-
-    Raises:
-        CorpusError: Broken JSONL line, unreadable file or hub dataset, missing column,
-            impossible domain name.
-    """
-    rows = _json_rows(source, location) if location.format == "jsonl" else _rows(source, location)
-    for number, row in enumerate(rows):
-        if number == 0:
-            _check_columns(source, f"Source {source.path!r}", list(row))
-        domain = source.domain
-        if source.domain_column is not None:
-            value = row.get(source.domain_column)
-            if value is None:
-                yield Document(None, "", None, "null domain")
-                continue
-            domain = check_domain_name(str(value))
-        text, group = row.get(source.text_column), None
-        if source.group_column is not None and row.get(source.group_column) is not None:
-            group = str(row[source.group_column])
-        skip = _reason_to_skip(text)
-        yield Document(domain, "" if skip else str(text), group, skip)
-
-
-def _reason_to_skip(text: Any) -> str | None:
-    if text is None:
-        return "null text"
-    if not isinstance(text, str):
-        return "text is not a string"
-    if not text or text.isspace():
-        return "empty"
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
-        return "invalid UTF-8"
-    return "invalid UTF-8" if "\ufffd" in text else None
-
-
-def _load(source: Source, files: tuple[str, ...], builder: str, **options: Any) -> Any:
-    from datasets import load_dataset
-
-    # datasets 5.2 passes `encoding` on to the http client, so text cannot be streamed from a URL
-    stream = "://" not in files[0] or (source.streaming and builder == "parquet")
-    options |= {"data_files": list(files), "split": "train", "streaming": stream}
-    return load_dataset(builder, **options)
-
-
-def _rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    columns = (source.text_column, source.domain_column, source.group_column)
-    try:
-        if location.format == "txt" and location.local:
-            for file in location.files:
-                with _open(file) as stream:
-                    text = _bounded(stream.read(MOST_BYTES + 1), file).decode("utf-8", "replace")
-                yield {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
-            return
-        if location.format == "txt":
-            options = {"sample_by": "document", "encoding_errors": "replace"}
-            yield from _load(source, location.files, "text", **options)
-            return
-        if location.format == "hub":
-            data: Any = load_dataset(source.path, split=source.split, streaming=source.streaming)
-        else:
-            data = _load(source, location.files, "parquet")
-        if data.column_names:
-            _check_columns(source, f"Source {source.path!r}", list(data.column_names))
-            data = data.select_columns(sorted({c for c in columns if c is not None}))
-        yield from data
-    except (*BROKEN, ValueError, pa.ArrowException, DatasetsError) as error:
-        what = "is no local file or folder, and cannot be read as a hub dataset"
-        if location.format != "hub":
-            what = f"cannot be read as {location.format} (files: {', '.join(location.files[:3])})"
-        raise CorpusError(f"Source {source.path!r} {what}: {error}") from error
-
-
-def _json_rows(source: Source, location: Location) -> Iterator[dict[str, Any]]:
-    from datasets.exceptions import DatasetsError
-
-    for file in location.files:
-        try:
-            if location.local:
-                lines = _lines(file)
-            else:
-                rows = _load(source, (file,), "text", encoding_errors="replace")
-                lines = (row["text"] for row in rows)
-            for number, line in enumerate(lines, 1):
-                if line and not line.isspace():
-                    yield _json_row(file, number, line)
-        except (*BROKEN, DatasetsError) as error:
-            raise CorpusError(f"Source file {file!r} cannot be read: {error}") from error
-
-
-def _open(file: str) -> Any:
-    """Open a local file for reading bytes, decompressed by its suffix."""
-    import pyarrow as pa
-
-    def zstd(file: str) -> Any:
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"))  # pyright: ignore[reportArgumentType]
-
-    openers: dict[str, Callable[[str], Any]] = {
-        ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd,
-    }  # fmt: skip
-    return openers.get(Path(file).suffix.lower(), lambda file: open(file, "rb"))(file)
-
-
-def _lines(file: str) -> Iterator[str]:
-    with _open(file) as stream:
-        while line := stream.readline(MOST_BYTES + 1):
-            yield _bounded(line, file).decode("utf-8", "replace")
-
-
-def _bounded(data: bytes, file: str) -> bytes:
-    if len(data) > MOST_BYTES:
-        raise CorpusError(
-            f"Source file {file!r} has a document of more than {MOST_BYTES:,} bytes; expected less "
-            "than that. Cut it into pieces, or see whether the file is what it should be."
-        )
-    return data
-
-
-def _json_row(file: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(
-            f"{file!r}, line {number}: not JSON ({error}); JSONL has one object per line."
-        ) from None
-    if not isinstance(row, dict):
-        raise CorpusError(
-            f"{file!r}, line {number}: a {type(row).__name__}, expected one object per line."
-        )
-    return row

@@ -8,6 +8,7 @@ Whether a document is held out depends on the seed and its own hash (or its grou
 else: it never moves when others are added. Exception: of two copies in different groups the first
 read decides.
 
+Rows keep their score and labels, so that what is removed later can be taken off the counts.
 Staged text lies as Parquet parts under `source-NNN/<domain>/<split>-NNNNN.parquet`; a source's
 folder appears when the source is done, so a killed build repeats at most one source. The hashes
 of all documents are held in memory (about 100 bytes per document).
@@ -20,18 +21,25 @@ import os
 import shutil
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset
 
-from rayx.corpus.source import Document, Location, Source, documents
+from rayx.corpus.documents import Document, documents
+from rayx.corpus.source import Location, Source
 from rayx.errors import CorpusError
 
 PART_BYTES = 8_000_000
+SORT_MEMORY = "1GB"  # beyond it DuckDB sorts on disk
+MOST_VALUES = 1_000  # of a label column
+SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.large_string()), ("score", pa.float64()),
+                    ("labels", pa.string()), ("id_hash", pa.binary(16))])  # fmt: skip
 SPLITS = ("train", "heldout")
 
 
@@ -57,6 +65,20 @@ class Tally:
     bytes: Counter[str] = field(default_factory=Counter)  # by split, UTF-8
     duplicates: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
+    labels: dict[str, Counter[str]] = field(default_factory=dict)  # column -> value -> train bytes
+    ordered_by: str | None = None  # column that the training text is sorted by
+
+    def count(self, labels: Mapping[str, str], num_bytes: int) -> None:
+        """Count a train document's labels."""
+        for column, value in labels.items():
+            values = self.labels.setdefault(column, Counter())
+            values[value] += num_bytes
+            if len(values) > MOST_VALUES:
+                raise CorpusError(
+                    f"Label column {column!r} has more than {MOST_VALUES:,} values, e.g. "
+                    f"{value!r:.80}; expected a label. Leave it out, or put its values into "
+                    "buckets with `rayx corpus label`."
+                )
 
     def add(self, other: Tally) -> None:
         """Add another source's part of the same domain."""
@@ -65,6 +87,10 @@ class Tally:
         self.bytes += other.bytes
         self.duplicates += other.duplicates
         self.skipped += other.skipped
+        for column, values in other.labels.items():
+            self.labels.setdefault(column, Counter()).update(values)
+        # what has no score comes last, so one source with scores is enough
+        self.ordered_by = self.ordered_by or other.ordered_by
 
 
 class _Parts:
@@ -72,20 +98,20 @@ class _Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
+        self.rows: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
         self.sizes: Counter[tuple[str, str]] = Counter()
         self.written: Counter[tuple[str, str]] = Counter()
 
-    def add(self, domain: str, split: str, digest: bytes, text: str) -> None:
-        self.rows[domain, split].append((digest, text))
-        self.sizes[domain, split] += len(text)
+    def add(self, domain: str, split: str, row: tuple[Any, ...]) -> None:
+        """Add a row as in SCHEMA."""
+        self.rows[domain, split].append(row)
+        self.sizes[domain, split] += len(row[1])
         if self.sizes[domain, split] >= PART_BYTES:
             self.flush(domain, split)
 
     def flush(self, domain: str, split: str) -> None:
-        digests, texts = zip(*self.rows.pop((domain, split)), strict=True)
-        table = pa.table({"hash": pa.array(digests, pa.binary(16)),
-                          "text": pa.array(texts, pa.large_string())})  # fmt: skip
+        columns = zip(*self.rows.pop((domain, split)), strict=True)
+        table = pa.table(list(columns), schema=SCHEMA)
         number = self.written[domain, split]
         (self.folder / domain).mkdir(parents=True, exist_ok=True)
         pq.write_table(table, self.folder / domain / f"{split}-{number:05d}.parquet",
@@ -130,17 +156,21 @@ def stage_sources(
             _check_names(domains, tallies)
             facts = {"homeless": lost, "domains": {
                 name: {"documents": t.documents, "bytes": t.bytes, "duplicates": t.duplicates,
-                       "skipped": t.skipped} for name, t in tallies.items()}}  # fmt: skip
+                       "skipped": t.skipped, "labels": t.labels, "ordered_by": t.ordered_by}
+                for name, t in tallies.items()}}  # fmt: skip
             (partial / "tally.json").write_text(json.dumps(facts))
             os.replace(partial, done)
         else:
             for part in done.rglob("*.parquet"):
-                seen.update(pq.read_table(part, columns=["hash"])["hash"].to_pylist())
+                rows = pq.read_table(part, columns=["hash", "id_hash"])
+                seen.update(rows["hash"].to_pylist(), rows["id_hash"].drop_null().to_pylist())
         facts = json.loads((done / "tally.json").read_text())
         homeless += Counter(facts["homeless"])
         for name, f in facts["domains"].items():
             tally = Tally(source.evaluation_only, Counter(f["documents"]), Counter(f["bytes"]),
-                          f["duplicates"], Counter(f["skipped"]))  # fmt: skip
+                          f["duplicates"], Counter(f["skipped"]),
+                          {c: Counter(v) for c, v in f["labels"].items()},
+                          f["ordered_by"])  # fmt: skip
             domains.setdefault(name, Tally()).add(tally)
     return domains, homeless
 
@@ -169,7 +199,8 @@ def _stage(
             continue
         tally = tallies.get(document.domain)
         if tally is None:
-            tally = tallies[document.domain] = Tally(source.evaluation_only)
+            order = None if source.evaluation_only else source.score_column
+            tally = tallies[document.domain] = Tally(source.evaluation_only, ordered_by=order)
         if document.skip:
             tally.skipped[document.skip] += 1
             continue
@@ -177,17 +208,53 @@ def _stage(
         if digest in seen:
             tally.duplicates += 1
             continue
+        id_hash = None if document.id is None else _id_hash(document.id)
+        if id_hash in seen:
+            tally.skipped["duplicate id"] += 1
+            continue
         seen.add(digest)
+        if id_hash:
+            seen.add(id_hash)
         split = _split(document, digest, source.evaluation_only, share, seed)
-        parts.add(document.domain, split, digest, document.text)
         text = document.text
+        labels = json.dumps(document.labels) if document.labels else None
+        parts.add(document.domain, split, (digest, text, document.score, labels, id_hash))
         num_bytes = len(text) if text.isascii() else len(text.encode())
+        if split == "train":
+            tally.count(document.labels, num_bytes)
         tally.documents[split] += 1
         tally.bytes[split] += num_bytes
         advance(1, num_bytes)
     for domain, split in list(parts.rows):
         parts.flush(domain, split)
     return tallies, homeless
+
+
+def by_score(parts: list[str], folder: Path) -> list[str]:
+    """Write the rows of staged parts again by falling score, those without a score last.
+
+    Equal scores are ordered by hash, so the order of the sources does not count.
+
+    Returns:
+        The new parts, in order.
+    """
+    import duckdb
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings: Any = {"memory_limit": SORT_MEMORY, "temp_directory": str(folder / "spilled")}
+    query = "select text from rows order by score desc nulls last, hash"
+    written: list[str] = []
+    with duckdb.connect(config=settings) as connection:
+        connection.register("rows", dataset(parts))
+        for batch in connection.sql(query).to_arrow_reader(10_000):
+            written.append(str(folder / f"{len(written):05d}.parquet"))
+            pq.write_table(pa.Table.from_batches([batch]), written[-1], compression="zstd")
+    return written
+
+
+def _id_hash(name: str) -> bytes:
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, person=b"id").digest()
 
 
 def _split(document: Document, digest: bytes, all_out: bool, share: float, seed: int) -> str:

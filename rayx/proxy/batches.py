@@ -42,9 +42,9 @@ class Batches:
         # Ancestors' domains stay, so that a branch that reads them again goes on where they were.
         wanted = {d for s in specs for a in s.path for p in a.schedule.phases for d in p.mixture}
         for spec in specs:
-            spec.schedule.average().check(corpus.domains, f"corpus {corpus.fingerprint}")
-        self.shards = [np.asarray(corpus.train(d)) for d in corpus.domains if d in wanted]
-        self.domains = [d for d in corpus.domains if d in wanted]
+            corpus.check_mixture(spec.schedule.average())
+        self.domains = corpus.in_order(wanted)
+        self.shards = [np.asarray(corpus.train(d)) for d in self.domains]
         sequences = {
             domain: sequence_count(len(shard), self.context)
             for domain, shard in zip(self.domains, self.shards, strict=True)

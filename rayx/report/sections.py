@@ -179,7 +179,10 @@ def mixture(evidence: Evidence) -> Html:
         "note",
     )
     side = f"{figures.mixture(evidence)}<div>{baselines(evidence)}</div>"
-    return Html(f'<div class="pair">{side}</div>{table(caption, head, rows)}{note}')
+    named = [[axis, value, percent(share)] for axis, found in plan.get("labels", {}).items()
+             for value, share in found.items()]  # fmt: skip
+    labels = table("Labels of the chosen text", ["label", "value", "share"], named) * bool(named)
+    return Html(f'<div class="pair">{side}</div>{table(caption, head, rows)}{note}{labels}')
 
 
 def baselines(evidence: Evidence) -> Html:

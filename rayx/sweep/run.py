@@ -76,7 +76,7 @@ def check(specs: Sequence[Spec], corpus: Corpus, max_epochs: float | None) -> No
                 f"{who} has a vocabulary of {spec.model.vocab_size}, the corpus' tokenizer one of "
                 f"{corpus.vocab_size}. Set ModelShape.vocab_size to at least that."
             )
-        spec.mixture.check(corpus.domains, f"corpus {corpus.url}")
+        corpus.check_mixture(spec.mixture)
         if isinstance(spec, TrainSpec):
             check_policy(spec, corpus)
         if max_epochs is None:
