@@ -252,7 +252,7 @@ def test_corpus_build_and_show(cli, tmp_path):
     )  # fmt: skip
     assert code == 0 and "web" in out, err
     code, out, _ = cli("corpus", "show", "c", "--verify")
-    assert code == 0 and "fingerprint" in out and "heldout_tokens" in out
+    assert code == 0 and "fingerprint" in out and "bytes/token" in out
 
 
 def commands(group, path=()):

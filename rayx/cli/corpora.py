@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from rayx.cli.options import SeedOption
-from rayx.cli.output import say
+from rayx.cli.output import MOST_VALUES, grid_of, say
+from rayx.cli.training import read_plan
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
 from rayx.errors import SpecError
+from rayx.plan import Plan
 
 
 def build(
@@ -68,7 +71,7 @@ def build(
         given.append(Source(path=table, domain_column=tuple(_names(domain_column)), **columns))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
     built = build_corpus(given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed)
-    say(describe(built).to_string())
+    show_corpus(built)
 
 
 def sample(
@@ -81,24 +84,64 @@ def sample(
 
     Example: `rayx corpus sample data/sample`
     """
-    say(describe(build_sample(out, vocab_size=vocab_size)).to_string())
+    show_corpus(build_sample(out, vocab_size=vocab_size))
 
 
 def show(
     corpus: Annotated[str, typer.Argument(help="Folder of the corpus.", metavar="CORPUS")],
+    plan: Annotated[
+        str | None, typer.Option(help="A plan's file: the passes that it takes over each domain.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also check every shard's hash.")
     ] = False,
 ) -> None:
-    """Show a corpus: documents, tokens, bytes, held-out text, duplicates and skips by domain.
+    """Show a corpus: supply, tokens' length, held-out text, what was removed, labels.
 
-    Example: `rayx corpus show data/sample`
+    Example: `rayx corpus show data/sample --plan plan.json`
     """
     opened = Corpus.load(corpus)
     if verify:
         opened.verify()
-    say(describe(opened).to_string())
-    typer.echo(f"fingerprint {opened.fingerprint}, vocabulary {opened.vocab_size}")
+    planned = read_plan(plan) if plan else None
+    if planned is not None:
+        planned.check(opened)
+    show_corpus(opened, planned)
+
+
+def show_corpus(corpus: Corpus, plan: Plan | None = None) -> None:
+    """Print what a corpus holds, what was removed from its sources, and its labels."""
+    facts = describe(corpus)
+    passes = plan.epochs if plan else {}
+    supply = grid_of("", "documents", "tokens", "share", "bytes/token", "|", "held-out",
+                     "tokens", "± bpb", *["epochs"] * bool(plan))  # fmt: skip
+    removed = grid_of("", "duplicates", "skipped", "")
+    for name, row in facts.to_dict("index").items():
+        if row["heldout_documents"]:
+            supply.add_row(
+                name, f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['share']:.3f}",
+                f"{row['bytes_per_token']:.2f}", "|", f"{row['heldout_documents']:,}",
+                f"{row['heldout_tokens']:,}", f"{row['heldout_error_bpb']:.3f}",
+                *[f"{passes.get(str(name), 0.0):.2f}"] * bool(plan),
+            )  # fmt: skip
+        if row["duplicates"] or row["skipped"]:
+            removed.add_row(name, f"{row['duplicates']:,}", f"{row['skipped']:,}", row["reasons"])
+    for grid in (supply, removed):
+        if grid.row_count:
+            Console().print(grid, "")
+    show_labels(corpus)
+    say(f"fingerprint {corpus.fingerprint}, vocabulary {corpus.vocab_size}")
+
+
+def show_labels(corpus: Corpus) -> None:
+    """Print the values of each label, largest first, as shares of the training text."""
+    proportional = {d: float(n) for d, n in corpus.bytes.items()}
+    total = sum(proportional.values())
+    shares = corpus.mixture_labels({d: n / total for d, n in proportional.items()})
+    for axis, found in shares.items():
+        most = [f"{value} {share:.1%}" for value, share in list(found.items())[:MOST_VALUES]]
+        more = f" and {len(found) - MOST_VALUES} more" if len(found) > MOST_VALUES else ""
+        say(f"{axis}: {', '.join(most)}{more}")
 
 
 def _names(value: str | None) -> list[str]:

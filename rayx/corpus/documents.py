@@ -54,6 +54,7 @@ def documents(source: Source, location: Location) -> Iterator[Document]:
             impossible domain name.
     """
     rows = _json_rows(source, location) if location.format == "jsonl" else _rows(source, location)
+    crossed: dict[str, tuple[str, ...]] = {}
     for number, row in enumerate(rows):
         if number == 0:
             check_columns(source, f"Source {source.path!r}", list(row))
@@ -63,7 +64,16 @@ def documents(source: Source, location: Location) -> Iterator[Document]:
             if missing:
                 yield Document(None, "", None, f"null {missing[0]}")
                 continue
-            domain = check_domain_name(CROSSED.join(str(row[c]) for c in source.domain_column))
+            values = tuple(str(row[column]) for column in source.domain_column)
+            domain = CROSSED.join(values)
+            if domain not in crossed:
+                crossed[check_domain_name(domain)] = values
+            elif crossed[domain] != values:
+                raise CorpusError(
+                    f"Source {source.path!r}: {crossed[domain]} and {values} of "
+                    f"{', '.join(source.domain_column)} both make the domain {domain!r}. Write the "
+                    f"labels without {CROSSED!r}."
+                )
         text, optional = row.get(source.text_column), _optional(source, row)
         skip = _reason_to_skip(text)
         yield Document(domain, "" if skip else str(text), optional[0], skip, *optional[1:])

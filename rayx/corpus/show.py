@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from rayx.corpus.corpus import Corpus
+from rayx.corpus.precision import heldout_error_bpb
 
 
 def describe(corpus: Corpus) -> pd.DataFrame:
@@ -12,9 +13,10 @@ def describe(corpus: Corpus) -> pd.DataFrame:
 
     Returns:
         Index `domain`; columns documents, tokens, bytes and share (of train tokens; 0 for an
-        evaluation-only target), bytes_per_token, heldout_documents, heldout_tokens,
-        heldout_bytes, duplicates (documents removed), skipped (documents), reasons, fingerprint.
-        Rows that named no domain are under `(no domain)`.
+        evaluation-only target), bytes_per_token (fertility), heldout_documents, heldout_tokens,
+        heldout_bytes, heldout_error_bpb (see `heldout_error_bpb`), duplicates (documents removed),
+        skipped (documents), reasons, fingerprint. Rows that named no domain are under
+        `(no domain)`.
     """
     by_name = {d["name"]: d for d in corpus.manifest["domains"]}
     shares = corpus.proportional()
@@ -26,6 +28,7 @@ def describe(corpus: Corpus) -> pd.DataFrame:
         rows.append({"domain": name, **{k: train[k] for k in none}, "share": shares.get(name, 0.0),
                      "bytes_per_token": corpus.bytes_per_token(name),
                      **{f"heldout_{k}": heldout[k] for k in none},
+                     "heldout_error_bpb": heldout_error_bpb(corpus, name),
                      "duplicates": domain["duplicates"],
                      "skipped": sum(domain["skipped"].values()),
                      "reasons": _reasons(domain["skipped"]),
@@ -33,7 +36,8 @@ def describe(corpus: Corpus) -> pd.DataFrame:
     homeless = corpus.manifest["skipped_without_domain"]
     if homeless:
         rows.append({"domain": "(no domain)", **none, "share": 0.0, "bytes_per_token": float("nan"),
-                     **{f"heldout_{k}": 0 for k in none}, "duplicates": 0,
+                     **{f"heldout_{k}": 0 for k in none}, "heldout_error_bpb": float("nan"),
+                     "duplicates": 0,
                      "skipped": sum(homeless.values()), "reasons": _reasons(homeless),
                      "fingerprint": ""})  # fmt: skip
     return pd.DataFrame(rows).set_index("domain")
