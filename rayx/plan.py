@@ -38,7 +38,7 @@ class Plan:
         caps: Domain -> largest share that was allowed; a domain left out had none.
         corpus: Fingerprint of the corpus.
         choice: The choice, with predicted losses, intervals, baselines and warnings.
-        labels: Label (licence, language …) -> value -> its share of what is trained on.
+        labels: Label (licence, language …) -> value -> its share of all that is trained on.
         verdict: Outcome of the verification in one sentence, or None.
         provenance: store (URL), runs (hash of the run_ids fitted), run_ids, rayx, created.
     """
@@ -105,6 +105,7 @@ class Plan:
             branches=branches,
             decay_share=decay_share,
             epochs={d: count / corpus.tokens[d] for d, count in read.items()},
+            labels=corpus.mixture_labels(Mixture(read)),
             domain_tokens={d: corpus.tokens[d] for d in corpus.domains},
             caps={},
             corpus=corpus.fingerprint,

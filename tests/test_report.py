@@ -100,6 +100,7 @@ def full_inputs(world: World, folder, seeds=(1000, 1001, 1002)) -> dict:
         "schedule": [{"mixture": mixture.millionths, "tokens": 5_000_000}],
         "domain_tokens": dict(world.supply),
         "epochs": epochs(mixture, 5_000_000, world.supply),
+        "labels": {"licence": {"permissive": 0.8125, "<copyleft>": 0.1875}},
         "provenance": {"runs": "0123456789abcdef", "created": "2026-01-01T00:00:00+00:00"},
     }
     return {
@@ -189,6 +190,7 @@ def test_page_states_what_was_decided_and_measured(inputs, page_text):
         assert f"{100 * share:.1f}%" in mixture
         assert f"{inputs['plan']['epochs'].get(domain, 0):.2f}" in mixture
     assert "40.0%" in mixture  # the cap
+    assert "permissive" in mixture and "81.2%" in mixture and "<copyleft>" in mixture
     for warning in choice.warnings:
         assert warning in page.text("warnings")
     failed = sum(s == "failed" for s in inputs["store"].status().values())

@@ -162,6 +162,7 @@ class Upsampling:
             schedule=choice.schedule,
             epochs=schedule_epochs(choice.schedule, corpus.tokens),
             domain_tokens={d: corpus.tokens[d] for d in corpus.domains},
+            labels=corpus.mixture_labels(choice.schedule.average()),
             caps={},
             corpus=corpus.fingerprint,
             choice=choice.to_json(),
