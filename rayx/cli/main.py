@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from rayx.cli import (
     choosing,
+    clustering,
     corpora,
     decisions,
     evaluating,
@@ -46,7 +47,7 @@ def command_tree() -> typer.Typer:
     app.command()(training.train)
     app.command()(training.export)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)
-    for command in (corpora.build, corpora.sample, corpora.show):
+    for command in (corpora.build, clustering.cluster, corpora.sample, corpora.show):
         corpus.command()(command)
     app.add_typer(corpus, name="corpus")
     return app

@@ -67,6 +67,8 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
     labels: dict[str, Counter[str]] = field(default_factory=dict)  # column -> value -> train bytes
     ordered_by: str | None = None  # column that the training text is sorted by
+    near_duplicates: dict[str, int] | None = None  # removed, by split, and too short to tell
+    contamination: dict[str, Any] | None = None  # see `rayx.corpus.clean`
 
     def count(self, labels: Mapping[str, str], num_bytes: int) -> None:
         """Count a train document's labels."""
@@ -215,7 +217,7 @@ def _stage(
         seen.add(digest)
         if id_hash:
             seen.add(id_hash)
-        split = _split(document, digest, source.evaluation_only, share, seed)
+        split = split_of(document, digest, source.evaluation_only, share, seed)
         text = document.text
         labels = json.dumps(document.labels) if document.labels else None
         parts.add(document.domain, split, (digest, text, document.score, labels, id_hash))
@@ -257,7 +259,8 @@ def _id_hash(name: str) -> bytes:
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, person=b"id").digest()
 
 
-def _split(document: Document, digest: bytes, all_out: bool, share: float, seed: int) -> str:
+def split_of(document: Document, digest: bytes, all_out: bool, share: float, seed: int) -> str:
+    """Return the split of a document with this hash: by its group's key, else by its own."""
     key = (
         b"document:" + digest
         if document.group is None

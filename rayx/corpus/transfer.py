@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 from pyarrow import fs
 
-from rayx.corpus.manifest import MANIFEST, REBUILD, read_manifest
+from rayx.corpus.manifest import MANIFEST, REBUILD, read_manifest, write_whole
 from rayx.errors import CorpusError
 from rayx.remote import locate, reach
 
@@ -206,6 +206,21 @@ def upload(folder: Path, url: str) -> None:
     for shard in shards:
         _keep(folder / shard["file"], cache_folder("shards") / shard["sha256"])
     shutil.rmtree(folder)
+
+
+def write_sidecar(url: str, name: str, text: str) -> None:
+    """Write a file beside the manifest of a built corpus; the fingerprint does not count it."""
+    if "://" in url:
+        filesystem, root = locate(url, in_parts=True)
+        _put(filesystem, f"{root}/{name}", text.encode(), url)
+    else:
+        write_whole(Path(url) / name, text)
+
+
+def read_sidecar(url: str, name: str) -> dict[str, Any] | None:
+    """Return the JSON of a file beside the manifest, None where there is none, {} if broken."""
+    filesystem, root = locate(url)
+    return _json(filesystem, f"{root}/{name}", url)
 
 
 def _json(filesystem: fs.FileSystem, path: str, url: str) -> dict[str, Any] | None:
