@@ -71,7 +71,7 @@ def next_mixtures(
         raise ChoiceError(f"num (of mixtures) is {num}; expected at least 1.")
     problem = prepare(fitted, objective, prior, constraints, limits=limits, supply=supply)
     rng = np.random.default_rng(seed)
-    pool_MK = _pool(problem, rng)
+    pool_MK = candidate_pool(problem, rng)
     chosen = _Distinct(pool_MK, fitted.table.weights_RK, num)
     ACQUISITIONS[acquisition](problem, pool_MK, chosen, rng)
     if not chosen.full:
@@ -188,12 +188,13 @@ def _improvement(
 def _top(
     problem: Problem, pool_MK: np.ndarray, chosen: _Distinct, rng: np.random.Generator
 ) -> None:
-    """Rank the pool and sample from its best tenth.
+    """Rank the pool and sample from its best tenth; where that is used up, go on down the rank.
 
     Source: Diao et al. 2025 (CLIMB), arXiv:2504.13161. Derived: the size of the tenth.
     """
     order_M = np.argsort(problem.outlook.value(pool_MK), kind="stable")
-    for m in rng.permutation(order_M[: max(chosen.num, int(TOP_SHARE * len(pool_MK)))]):
+    top = max(chosen.num, int(TOP_SHARE * len(pool_MK)))
+    for m in np.concatenate([rng.permutation(order_M[:top]), order_M[top:]]):
         if chosen.full:
             return
         if np.isfinite(chosen.open(np.zeros(len(pool_MK)))[m]):
@@ -207,7 +208,7 @@ ACQUISITIONS: dict[str, Acquisition] = {
 }
 
 
-def _pool(problem: Problem, rng: np.random.Generator) -> np.ndarray:
+def candidate_pool(problem: Problem, rng: np.random.Generator) -> np.ndarray:
     """Feasible mixtures around the prior, evenly on the simplex, and near the models' optimum."""
     table, num_domains = problem.outlook.fitted.table, len(problem.prior_K)
     around_MK = simulate(problem.prior_K, POOL // 2, rng)

@@ -6,6 +6,7 @@ from scipy.optimize import check_grad
 
 from rayx.errors import FitError
 from rayx.fit import (
+    ClimbTrees,
     GaussianProcess,
     InversePower,
     LightGBM,
@@ -36,6 +37,7 @@ CASES = {
     "TiltedPower": RegressorCase(TiltedPower, recovery=0.995),
     "GaussianProcess": RegressorCase(GaussianProcess, recovery=0.98, permutation_tolerance=1e-3),
     "LightGBM": RegressorCase(LightGBM, recovery=0.94, permutation_tolerance=0.03),
+    "ClimbTrees": RegressorCase(ClimbTrees, recovery=0.93, permutation_tolerance=0.03),
 }
 
 

@@ -2,7 +2,7 @@
 
 from rayx.fit.auto import fit_table, regressors
 from rayx.fit.belief import AVERAGE, Belief
-from rayx.fit.boosted_trees import LightGBM
+from rayx.fit.boosted_trees import ClimbTrees, LightGBM
 from rayx.fit.evaluate import evaluate_fit, score
 from rayx.fit.fitted import FittedTable, normalised_objective
 from rayx.fit.gaussian_process import GaussianProcess
@@ -18,6 +18,7 @@ from rayx.fit.tilted_power import TiltedPower
 __all__ = [
     "AVERAGE",
     "Belief",
+    "ClimbTrees",
     "FittedTable",
     "GaussianProcess",
     "InversePower",

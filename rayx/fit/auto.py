@@ -21,7 +21,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from rayx.errors import FitError, did_you_mean
-from rayx.fit.boosted_trees import LightGBM
+from rayx.fit.boosted_trees import ClimbTrees, LightGBM
 from rayx.fit.fitted import FittedTable
 from rayx.fit.gaussian_process import GaussianProcess
 from rayx.fit.inverse_power import InversePower
@@ -39,7 +39,7 @@ Progress = Callable[[int, int, str], None]  # fits done, fits in all, "target: r
 
 
 def regressors(seed: int = 0) -> dict[str, Regressor]:
-    """The regressors that have a name on the command line; all take part in "auto"."""
+    """The regressors that take part in "auto"; they have a name on the command line."""
     return {
         "mean": Mean(seed=seed),
         "ridge": Ridge(seed=seed),
@@ -64,7 +64,7 @@ def fit_table(
 
     Args:
         table: Runs at one scale.
-        regressor: "auto", a name of `regressors()`, or an unfitted regressor.
+        regressor: "auto", a name of `regressors()`, "climb", or an unfitted regressor.
         seed: Seed of the folds and of the named regressors.
         progress: Called after each cross-validated fit with (done, total, what).
 
@@ -148,6 +148,7 @@ def _candidates(regressor: str | Regressor, seed: int) -> dict[str, Regressor]:
         return {type(regressor).__name__: regressor}
     if regressor == "auto":
         return named
+    named["climb"] = ClimbTrees(seed=seed)  # as published: by name only
     if regressor not in named:
         known = ["auto", *named]
         raise FitError(

@@ -1,4 +1,4 @@
-"""Stage 5, regression: RegMix's regressor, gradient-boosted trees; the only module with lightgbm.
+"""Stage 5, regression: gradient-boosted trees, RegMix's and CLIMB's; the only module with lightgbm.
 
 Shapes: R runs, K domains, M mixtures, I boosting rounds.
 """
@@ -12,6 +12,14 @@ import lightgbm
 import numpy as np
 
 from rayx.fit.regressor import PointRegressor, Predictor, make_folds
+
+FIXED: dict[str, Any] = {
+    "objective": "regression",
+    "metric": "l2",
+    "deterministic": True,
+    "force_row_wise": True,
+    "verbosity": -1,
+}
 
 
 @dataclass
@@ -87,16 +95,12 @@ class LightGBM(PointRegressor):
         watched: tuple[np.ndarray, np.ndarray, dict] | None = None,
     ) -> lightgbm.Booster:
         params: dict[str, Any] = {
-            "objective": "regression",
-            "metric": "l2",
             "learning_rate": self.learning_rate,
             "num_leaves": self.num_leaves,
             "min_data_in_leaf": size,
             "num_threads": self.num_threads,
             "seed": self.seed,
-            "deterministic": True,
-            "force_row_wise": True,
-            "verbosity": -1,
+            **FIXED,
         }
         data = lightgbm.Dataset(weights_RK, loss_R, params={"verbosity": -1})
         if watched is None:
@@ -110,6 +114,64 @@ class LightGBM(PointRegressor):
             valid_names=["held_out"],
             callbacks=[lightgbm.record_evaluation(history)],
         )
+
+
+@dataclass
+class ClimbTrees(PointRegressor):
+    """L(w) = sum of regression trees that stops growing on a validation split of its own.
+
+    The split is a share of the mixtures given to `fit`; other rows, those of a test among them, are
+    never looked at. Losses are standardised first, so that L1 and L2 mean the same in any unit.
+
+    Args:
+        learning_rate: Weight of each tree.
+        max_depth: Of a tree.
+        min_data_in_leaf: Fewest rows of a leaf; fewer where half the rows would be less.
+        lambda_l1: L1 regularisation of the leaves' values.
+        lambda_l2: L2 regularisation of the leaves' values.
+        patience: Growth ends after so many trees without a lower error on the validation split.
+        max_rounds: Upper limit of the number of trees.
+        validation_folds: One fold of so many is the validation split, >= 2.
+        folds: See PointRegressor.
+        seed: Seed of the split; see also PointRegressor.
+
+    Source: Diao et al. 2025 (CLIMB), arXiv:2504.13161: depth, leaf size, L1 with L2, patience.
+    Differs: strengths, learning rate and the size of the split are derived, the paper gives none.
+    """
+
+    learning_rate: float = 0.1
+    max_depth: int = 4
+    min_data_in_leaf: int = 5
+    lambda_l1: float = 0.1
+    lambda_l2: float = 1.0
+    patience: int = 20
+    max_rounds: int = 500
+    validation_folds: int = 5
+
+    def fit_point(self, weights_RK: np.ndarray, loss_R: np.ndarray) -> Predictor:
+        mean, scale = float(loss_R.mean()), float(loss_R.std()) or 1.0
+        held_R = make_folds(weights_RK, self.validation_folds, self.seed) == 0
+        params = FIXED | {
+            "learning_rate": self.learning_rate,
+            "max_depth": self.max_depth,
+            "num_leaves": 2**self.max_depth,
+            "min_data_in_leaf": min(self.min_data_in_leaf, max(1, int((~held_R).sum()) // 2)),
+            "lambda_l1": self.lambda_l1,
+            "lambda_l2": self.lambda_l2,
+            "num_threads": 1,  # sums in another order grow other trees
+            "seed": self.seed,
+        }
+        z_R = (loss_R - mean) / scale
+        data = lightgbm.Dataset(weights_RK[~held_R], z_R[~held_R], params={"verbosity": -1})
+        booster = lightgbm.train(
+            params,
+            data,
+            num_boost_round=self.max_rounds,
+            valid_sets=[data.create_valid(weights_RK[held_R], z_R[held_R])],
+            callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
+        )
+        predict = _predictor(booster)  # of the trees up to the least error
+        return lambda weights_MK: mean + scale * predict(weights_MK)
 
 
 def _predictor(booster: lightgbm.Booster) -> Predictor:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rayx.candidates import proportional_mixture, regmix_mixtures, uniform_mixture
 from rayx.caps import supply_caps
+from rayx.choice.choosers import Chooser
 from rayx.choose import Choice, Constraints, choose
 from rayx.corpus import Corpus
 from rayx.experiment import Conclusion
@@ -43,12 +44,14 @@ class RegMix:
         proxy: Template of the proxies; its mixture and seeds are replaced.
         num_proxies: Proxies in all, uniform and proportional included, >= 8.
         rounds: Rounds that they are trained in, of about equal size; from the second on, mixtures
-            are proposed by Thompson sampling on the regressors of the rounds before.
+            are proposed on the regressors of the rounds before.
+        acquisition: How they are proposed, see `rayx.propose.next_mixtures`.
         objective: Target -> weight of its loss (bits per byte), > 0.
         budget_tokens: Tokens of the final run that the choice is for; sets the caps.
         max_epochs: How often the final run may read a token.
         seed: Draws the candidates and is the proxies' seed.
         regressor: `auto` or a regressor's name.
+        chooser: How the choice is found among the models' predictions; None for `choose`'s own.
         verification: Template of the verification runs, larger than the proxies, or None.
         verification_seeds: Seeds of each arm of the verification.
     """
@@ -57,11 +60,13 @@ class RegMix:
     proxy: TrainSpec
     num_proxies: int
     rounds: int = 1
+    acquisition: str = "thompson"
     objective: Mapping[str, float]
     budget_tokens: int
     max_epochs: float = 4.0
     seed: int = 0
     regressor: str = "auto"
+    chooser: Chooser | None = None
     verification: TrainSpec | None = None
     verification_seeds: int = 3
 
@@ -78,15 +83,8 @@ class RegMix:
         }
 
     def specs(self) -> list[TrainSpec]:
-        """Return the proxies of the first round: the baselines, then RegMix's candidates."""
-        mixtures = list(self.baselines().values())
-        mixtures += regmix_mixtures(
-            self.corpus.tokens,
-            self._sizes()[0] - len(mixtures),
-            seed=self.seed,
-            caps=self.caps,
-        )
-        return self._proxies(mixtures)
+        """Return the proxies of the first round."""
+        return self._proxies(self._first(self._sizes()[0]))
 
     def proposed(self, store: Store) -> list[TrainSpec]:
         """Return the proxies of all rounds up to the first that is not all on record.
@@ -106,9 +104,16 @@ class RegMix:
                 self._constraints(fitted.table.domains),
                 num=size,
                 seed=1_000 * number + self.seed,
+                acquisition=self.acquisition,
             )
             specs += self._proxies(mixtures)
         return specs
+
+    def _first(self, num: int) -> list[Mixture]:
+        """The first round: the baselines, then RegMix's candidates."""
+        mixtures = list(self.baselines().values())
+        rest = num - len(mixtures)
+        return mixtures + regmix_mixtures(self.corpus.tokens, rest, seed=self.seed, caps=self.caps)
 
     def _sizes(self) -> list[int]:
         """Proxies of each round."""
@@ -141,7 +146,14 @@ class RegMix:
         fitted = self._fit(store, self.proposed(store))
         domains = fitted.table.domains
         prior = {d: self.corpus.tokens[d] for d in domains}
-        choice = choose(fitted, self.objective, prior, self._constraints(domains), seed=self.seed)
+        choice = choose(
+            fitted,
+            self.objective,
+            prior,
+            self._constraints(domains),
+            seed=self.seed,
+            method=self.chooser,
+        )
         return fitted, choice
 
     def arms(self, choice: Choice) -> dict[str, Mixture]:
@@ -160,17 +172,29 @@ class RegMix:
         seeds = range(first, first + self.verification_seeds)
         return verification_specs(self.verification, arms, list(seeds))
 
-    def follow_up_cost(self) -> list[TrainSpec]:
+    def follow_up_cost(self, others: Collection[str] = ()) -> list[TrainSpec]:
         """Return as many runs, as costly, as the verification of any choice will take."""
-        arms = [CHOICE, *self.baselines(), "best_random"]
+        arms = [CHOICE, *self.baselines(), "best_random", *others]
         uniform = Mixture.uniform(self.corpus.domains)
         runs = self.follow_up(dict.fromkeys(arms, uniform))
         return [spec for specs in runs.values() for spec in specs]
 
-    def conclude(self, store: Store, sweep: Sweep, name: str = "regmix") -> Conclusion:
+    def conclude(
+        self,
+        store: Store,
+        sweep: Sweep,
+        name: str = "regmix",
+        others: Mapping[str, Mixture] | None = None,
+    ) -> Conclusion:
         """Decide, verify and write what was decided into the store.
 
         Writes choices/NAME.json, plans/NAME.json, verifications/NAME.json and reports/NAME.html.
+
+        Args:
+            store: Holds the records of the proxies.
+            sweep: Trains the verification.
+            name: Of the files.
+            others: Further arms of the verification -> mixture.
         """
         fitted, choice = self.decide(store)
         store.write_bytes(f"choices/{name}.json", choice.to_json().encode())
@@ -179,7 +203,7 @@ class RegMix:
         )
         verification = None
         if self.verification is not None:
-            arms = self.follow_up(self.arms(choice))
+            arms = self.follow_up(self.arms(choice) | dict(others or {}))
             sweep([spec for specs in arms.values() for spec in specs])
             verification = compare(store, arms, choice.objective)
             plan = dataclasses.replace(plan, verdict=verification["verdict"])
