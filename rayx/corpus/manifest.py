@@ -54,6 +54,7 @@ def write_manifest(
             "name": name, "evaluation_only": tally.evaluation_only, **mine,
             "duplicates": tally.duplicates, "skipped": dict(tally.skipped),
             "labels": tally.labels, "ordered_by": tally.ordered_by,
+            "near_duplicates": tally.near_duplicates, "contamination": tally.contamination,
             "fingerprint": _domain_fingerprint(tokenizer_hash, mine),
         })  # fmt: skip
     manifest = {
@@ -152,6 +153,9 @@ def _check(manifest: dict[str, Any]) -> None:
     counts += [(f"duplicates of {d['name']!r}", {"": d["duplicates"]}) for d in domains]
     counts += [(f"label {c!r} of {d['name']!r}", v)
                for d in domains for c, v in d["labels"].items()]  # fmt: skip
+    counts += [(f"{what} of {d['name']!r}", {k: v for k, v in d[what].items() if k != "removed"})
+               for d in domains for what in ("near_duplicates", "contamination")
+               if d[what]]  # fmt: skip
     for what, found in counts:
         _want(all(is_int(n) and n >= 0 for n in found.values()), what, found, "counts")
     names = [check_domain_name(domain["name"]) for domain in domains]

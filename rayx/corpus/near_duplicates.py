@@ -1,0 +1,175 @@
+"""Stage 1, corpus: near-duplicates by MinHash and locality-sensitive hashing.
+
+Documents are bags of word bigrams: a repeated bigram counts as often as it occurs, so that a long
+document of few phrases is not taken for a short one. Bigrams, because one changed word of w spoils
+only 2 of about w: with a share p of the words changed, two documents keep a similarity of about
+(1 - p)^2 / (2 - (1 - p)^2), .82 at 5% (5-grams: .63, where real documents differ as much).
+
+What the signatures find is compared bigram by bigram, so no pair below the threshold is taken.
+
+Source: Broder (1997), MinHash; Indyk and Motwani (1998), LSH; Lee et al. (arXiv 2107.06499) for
+the check of each candidate. The signatures and the index are rensa's (MIT).
+Differs: greedy, in order: a document goes if it resembles one that stays. Not transitive: of a
+chain a ~ b ~ c, with a unlike c, both ends stay.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayx.corpus.ngrams import mix, ngram_hashes, word_hashes
+from rayx.errors import CorpusError
+
+if TYPE_CHECKING:
+    from rensa import RMinHash
+
+BIGRAM = 2
+PERMUTATIONS = 128
+FOUND = 0.99  # least chance that the index finds a pair at the threshold
+SEED = 1
+MOST_WORDS = 4_000_000  # of a document are looked at, the first; some 25 MB
+SLICE = 100_000  # bigrams given to the signature at once
+
+
+class NearDuplicates:
+    """Says of each document which earlier one it resembles.
+
+    Memory: about 1 KB per document that stays, however long it is; its bigrams lie in `scratch`
+    (4 bytes each, less than its text).
+
+    Args:
+        threshold: Least Jaccard similarity |A and B| / |A or B| of two bags of bigrams, in (0, 1].
+        scratch: File for the bigrams; replaced.
+
+    Raises:
+        CorpusError: The threshold is out of range.
+    """
+
+    def __init__(self, threshold: float, scratch: Path) -> None:
+        from rensa import RMinHashLSH
+
+        check_threshold(threshold)
+        self.threshold = threshold
+        self.too_short = 0  # documents of less than two words, which resemble nothing
+        self._index = RMinHashLSH(threshold, PERMUTATIONS, num_bands(threshold))
+        self._bags = open(scratch, "w+b")
+        self._ends = array("Q", [0])  # of the bags of documents that stay, in the file
+        self._numbers = array("Q")  # of the documents that stay
+        self._seen = 0
+
+    def __enter__(self) -> NearDuplicates:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bags.close()
+
+    def add(self, texts: Sequence[str], all_stay: bool = False) -> np.ndarray:
+        """Add documents, in order.
+
+        Args:
+            texts: The documents.
+            all_stay: Take all of them as they are, for later ones to be compared with.
+
+        Returns:
+            For each the number, from 0 in order of adding, of the earlier document that stays and
+            that it resembles; -1 if there is none and it stays. 1-d int64.
+        """
+        words = [word_hashes(t)[:MOST_WORDS] for t in texts]
+        shingles, bounds = ngram_hashes(words, BIGRAM)
+        found = np.full(len(texts), -1, np.int64)
+        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if len(words[i]) < BIGRAM:
+                self.too_short += 1
+                continue
+            bag = _bag(shingles[begin:end])
+            signature = _signature(bag)
+            near = None if all_stay else self._nearest(bag, self._index.query(signature))
+            if near is None:
+                self._index.insert(len(self._numbers), signature)
+                self._numbers.append(self._seen + i)
+                self._bags.write(bag.tobytes())
+                self._ends.append(self._ends[-1] + len(bag))
+            else:
+                found[i] = self._numbers[near]
+        self._seen += len(texts)
+        return found
+
+    def _nearest(self, bag: np.ndarray, candidates: list[int]) -> int | None:
+        """Return the first candidate that is as similar as asked."""
+        for key in sorted(candidates):
+            begin, end = self._ends[key], self._ends[key + 1]
+            small, large = sorted((len(bag), end - begin))
+            if small < self.threshold * large:  # the most that the similarity can be
+                continue
+            self._bags.seek(4 * begin)
+            other = np.frombuffer(self._bags.read(4 * (end - begin)), np.uint32)
+            if _jaccard(bag, other) >= self.threshold:
+                self._bags.seek(0, 2)
+                return key
+        self._bags.seek(0, 2)
+        return None
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a similarity outside (0, 1].
+
+    Raises:
+        CorpusError: It is outside.
+    """
+    if isinstance(threshold, bool) or not 0 < threshold <= 1:
+        raise CorpusError(
+            f"near_duplicates is {threshold}, expected a Jaccard similarity in (0, 1]: 0.7 finds "
+            "copies with 1 word in 20 changed, 1 only those that differ in case and punctuation."
+        )
+
+
+def num_bands(threshold: float) -> int:
+    """Return the fewest bands b of r = PERMUTATIONS / b with 1 - (1 - threshold^r)^b >= FOUND."""
+    bands = 4
+    while bands < PERMUTATIONS and 1 - (1 - threshold ** (PERMUTATIONS / bands)) ** bands < FOUND:
+        bands *= 2
+    return bands
+
+
+def similarity(first: str, second: str) -> float:
+    """Return the exact Jaccard similarity of two texts, in [0, 1]; 0 for less than two words."""
+    shingles, (_, middle, _) = ngram_hashes([word_hashes(first), word_hashes(second)], BIGRAM)
+    return _jaccard(_bag(shingles[:middle]), _bag(shingles[middle:]))
+
+
+def _bag(shingles: np.ndarray) -> np.ndarray:
+    """Return the sorted 32-bit hashes of (bigram, how many of it came before)."""
+    ordered = np.sort(shingles)
+    starts = np.flatnonzero(_firsts(ordered))
+    if len(starts) < len(ordered):
+        lengths = np.diff(starts, append=len(ordered))
+        before = np.arange(len(ordered)) - np.repeat(starts, lengths)
+        ordered = np.sort(ordered + mix(before.astype(np.uint64)))
+    hashes = (ordered >> np.uint64(32)).astype(np.uint32)
+    return hashes[_firsts(hashes)]
+
+
+def _firsts(ordered: np.ndarray) -> np.ndarray:
+    """Say of each sorted value whether it is the first of its kind."""
+    first = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return first
+
+
+def _signature(bag: np.ndarray) -> RMinHash:
+    from rensa import RMinHash
+
+    signature = RMinHash(PERMUTATIONS, SEED)
+    for start in range(0, len(bag), SLICE):
+        signature.update(bag[start : start + SLICE].view("V4").tolist())
+    return signature
+
+
+def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    both = len(np.intersect1d(first, second, assume_unique=True))
+    return both / max(len(first) + len(second) - both, 1)
