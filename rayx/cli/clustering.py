@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from rayx.cli.corpora import show_corpus
 from rayx.cli.options import SeedOption, number_of
 from rayx.cli.output import say
-from rayx.corpus import Source, describe
+from rayx.corpus import Source
+from rayx.corpus.cluster import Clustering, cluster_corpus, read_clusters
 from rayx.errors import SpecError
 
 
@@ -62,8 +64,6 @@ def cluster(
 
     Example: `rayx corpus cluster data/clusters --source web/*.parquet --clusters 20`
     """
-    from rayx.corpus.cluster import Clustering, cluster_corpus, read_clusters
-
     clustering = Clustering(
         clusters=clusters, init_clusters=init_clusters, merge_distance=merge_distance,
         prune=_rule(prune), embedder=embedder, sample_documents=sample, seed=seed,
@@ -92,7 +92,7 @@ def cluster(
         evaluation=held_out, heldout_share=heldout_share, text=text,
     )  # fmt: skip
     found = read_clusters(corpus) or {}
-    say(describe(corpus).to_string())
+    show_corpus(corpus)
     for entry in found["clusters"]:
         say(f"{entry['name']}: {', '.join(entry['terms'])}")
     say(

@@ -8,9 +8,10 @@ import typer
 from rich.console import Console
 
 from rayx.cli.options import SeedOption
-from rayx.cli.output import MOST_VALUES, grid_of, say
+from rayx.cli.output import MOST_VALUES, check_folder, grid_of, say, write_text
 from rayx.cli.training import read_plan
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
+from rayx.corpus.cluster import read_clusters
 from rayx.errors import SpecError
 from rayx.plan import Plan
 
@@ -95,11 +96,16 @@ def show(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also check every shard's hash.")
     ] = False,
+    page: Annotated[
+        str | None, typer.Option(help="Also write an HTML page, with the map of its clusters.")
+    ] = None,
 ) -> None:
     """Show a corpus: supply, tokens' length, held-out text, what was removed, labels.
 
     Example: `rayx corpus show data/sample --plan plan.json`
     """
+    if page:
+        check_folder(page)
     opened = Corpus.load(corpus)
     if verify:
         opened.verify()
@@ -107,6 +113,10 @@ def show(
     if planned is not None:
         planned.check(opened)
     show_corpus(opened, planned)
+    if page:
+        from rayx.report.corpus_page import corpus_page
+
+        write_text(page, corpus_page(opened, read_clusters(opened)))
 
 
 def show_corpus(corpus: Corpus, plan: Plan | None = None) -> None:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +41,7 @@ from rayx.corpus.cluster_parts import (
 )
 from rayx.corpus.corpus import Corpus
 from rayx.corpus.embed import TFIDF, Embedder, embedder_facts, open_embedder
-from rayx.corpus.manifest import write_whole
+from rayx.corpus.parts import write_whole
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source, locate
 from rayx.corpus.transfer import cache_folder, read_sidecar, write_sidecar
@@ -53,7 +52,8 @@ log = logging.getLogger(__name__)
 CLUSTERS = "clusters.json"  # beside a corpus' manifest
 FACTS = ".clusters.json"  # beside the labelled text; hidden, so that the folder is Parquet only
 STATE = ".cluster"
-AUTO_INIT = 64
+INITIAL, INITIAL_EACH = 64, 4  # clusters before merging, at least, and for each that is asked for
+DOCUMENTS_EACH = 8  # sampled documents for each initial cluster, at least
 BYTES_PER_TOKEN = 8  # more than of any text, so that a held-out set has tokens enough
 
 
@@ -64,8 +64,8 @@ class Clustering:
     Args:
         clusters: How many domains, >= 2. None: as `merge_distance` says, else as many as give the
             best silhouette, from 2 to 32.
-        init_clusters: How many k-means finds before pruning and merging, >= 2. None: `clusters`,
-            or 64 where their number is still open.
+        init_clusters: How many k-means finds before pruning and merging, >= 2. None: 64, or 4 times
+            `clusters` where that is more, and fewer for a sample of less than 8 documents for each.
         merge_distance: Merge clusters nearer than this, instead of down to a number; see
             `rayx.corpus.centroids.distance_labels`.
         prune: (column, threshold): initial clusters whose documents' mean in a column of numbers is
@@ -244,7 +244,7 @@ def _with_column(source: Source, quality: str | None) -> Source:
 def _key(located: list[tuple[Source, Location]], clustering: Clustering, *more: Any) -> str:
     """Hash of all that decides the result; a file counts by path, size and time."""
     files = [[file, *stamp] for _, location in located
-             for file, stamp in zip(location.files, location.stamps)]  # fmt: skip
+             for file, stamp in zip(location.files, location.stamps, strict=False)]  # fmt: skip
     facts = [[asdict(source) for source, _ in located], files, asdict(clustering), more,
              embedder_facts(clustering.embedder), version("scikit-learn")]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -329,6 +329,8 @@ def _cluster(
 
 
 def _initial(clustering: Clustering, vectors: np.ndarray) -> int:
-    if clustering.init_clusters or clustering.clusters:
-        return clustering.init_clusters or clustering.clusters or 0
-    return min(AUTO_INIT, max(2, len(np.unique(vectors, axis=0)) // 4))
+    if clustering.init_clusters:
+        return clustering.init_clusters
+    fewest = clustering.clusters or 2
+    distinct = len(np.unique(vectors, axis=0))
+    return max(fewest, min(max(INITIAL, INITIAL_EACH * fewest), distinct // DOCUMENTS_EACH))

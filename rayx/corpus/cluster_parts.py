@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 from rayx.corpus.centroids import assign
 from rayx.corpus.documents import UNKNOWN, documents
 from rayx.corpus.embed import CHARS, Embedder
-from rayx.corpus.manifest import write_whole
+from rayx.corpus.parts import PART_BYTES, write_whole
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source
-from rayx.corpus.stage import PART_BYTES, document_hash, split_of
+from rayx.corpus.stage import document_hash, split_of
 from rayx.errors import CorpusError
 
 log = logging.getLogger(__name__)

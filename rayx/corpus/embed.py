@@ -26,7 +26,8 @@ from rayx.errors import UNREADABLE, CorpusError
 TFIDF = "tfidf"
 CHARS = 6_000  # of a document, from its beginning, that an embedder sees
 TERMS = 50_000  # of the vocabulary of TF-IDF, the most frequent
-FEATURES = 128
+FEATURES = 64
+TOKEN = r"(?u)\w+|[^\w\s]"  # words and single signs: code and notation are told by their signs
 SINGLE: Any = np.float32  # the stubs of scikit-learn know float64 only
 BATCH = 64  # documents that a neural embedder takes at once
 MOST_TOKENS = 256  # of a document, where an ONNX folder does not say
@@ -82,14 +83,14 @@ def open_embedder(reference: str, seed: int = 0) -> Embedder:
 def embedder_facts(reference: str) -> list[Any]:
     """Return what identifies an embedder: of a folder its files' names, sizes and times."""
     if reference == TFIDF:
-        return [TFIDF, CHARS, TERMS, FEATURES]
+        return [TFIDF, CHARS, TERMS, FEATURES, TOKEN]
     files = sorted(f for f in Path(reference).expanduser().rglob("*") if f.is_file())
     return [CHARS, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 @dataclass
 class TfidfEmbedder:
-    """TF-IDF of words, reduced by a truncated singular value decomposition (LSA).
+    """TF-IDF of words and signs, reduced by a truncated singular value decomposition (LSA).
 
     Args:
         seed: Of the randomised decomposition.
@@ -109,7 +110,7 @@ class TfidfEmbedder:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        words = TfidfVectorizer(sublinear_tf=True, max_features=TERMS,
+        words = TfidfVectorizer(token_pattern=TOKEN, sublinear_tf=True, max_features=TERMS,
                                 min_df=2 if len(texts) > 50 else 1, dtype=SINGLE)  # fmt: skip
         with threadpool_limits(1):  # the order of a sum decides its last bits
             try:
