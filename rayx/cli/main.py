@@ -15,6 +15,7 @@ from rayx.cli import (
     corpora,
     decisions,
     evaluating,
+    labelling,
     laws,
     likelihoods,
     merging,
@@ -47,7 +48,8 @@ def command_tree() -> typer.Typer:
     app.command()(training.train)
     app.command()(training.export)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)
-    for command in (corpora.build, clustering.cluster, corpora.sample, corpora.show):
+    corpus_commands = (corpora.build, labelling.label, clustering.cluster, corpora.sample)
+    for command in (*corpus_commands, corpora.show):
         corpus.command()(command)
     app.add_typer(corpus, name="corpus")
     return app

@@ -126,6 +126,11 @@ class HuggingFaceModel:
         """Return target -> nats of each sequence's predicted tokens, shape (S,)."""
         return {target: self._nats(self._own, text) for target, (text, _) in self._texts.items()}
 
+    @torch.no_grad()
+    def nats_of(self, text: Passages) -> np.ndarray:
+        """Return the nats of each sequence's predicted tokens, shape (S,), of other text."""
+        return self._nats(self._own, text)
+
     @property
     def _own(self) -> nn.Module:
         return self.module if self._is_own else self._with(self.tensors)
