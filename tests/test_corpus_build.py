@@ -292,7 +292,7 @@ def test_building_again_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_data_gives_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayx.corpus.stage.PART_BYTES", 2_000)
+    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 2_000)
     found = sources(tmp_path, web=WEB, code=CODE)
     here = build(found, tmp_path / "here", parallel=False)
     there = build(found, tmp_path / "there", parallel=True)

@@ -352,7 +352,7 @@ PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zs
 def test_file_that_expands_is_refused_before_it_fills_the_memory(
     tmp_path, monkeypatch, suffix, form
 ):
-    monkeypatch.setattr(documents, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("rayx.corpus.rows.MOST_BYTES", 1_000_000)
     pack = PACKED[suffix] or (lambda data: pa.compress(data, "zstd", asbytes=True))
     file = tmp_path / f"bomb.{form}{suffix}"
     file.write_bytes(pack(LINE))

@@ -13,13 +13,14 @@ several of them, for a domain that comes from several of them, and for a trained
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,20 +29,21 @@ from typing import Any
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from rayx.corpus.clean import Cleaning, clean, passes
 from rayx.corpus.corpus import Corpus
 from rayx.corpus.documents import documents
-from rayx.corpus.encode import encode_shard
+from rayx.corpus.encode import MOST_THREADS, cores, encode_shard
 from rayx.corpus.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER,
     shard_dtype,
     write_manifest,
-    write_whole,
 )
+from rayx.corpus.parts import staged_parts, write_whole
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source, locate
-from rayx.corpus.stage import SPLITS, Tally, by_score, stage_sources, staged_parts
+from rayx.corpus.stage import SPLITS, Tally, by_score, stage_sources
 from rayx.corpus.tokenizer import (
     MIN_VOCAB_SIZE,
     balanced_texts,
@@ -55,7 +57,8 @@ log = logging.getLogger(__name__)
 
 STATE = ".build"
 LOCK = ".lock"
-RAY_BYTES = 64_000_000  # below this much text, starting Ray takes longer than encoding it
+RAY_BYTES = 64_000_000  # below this much text, Ray's first tasks take longer than encoding it
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def build_corpus(
@@ -67,6 +70,9 @@ def build_corpus(
     min_heldout_tokens: int = 1024,
     seed: int = 0,
     parallel: bool | None = None,
+    near_duplicates: float | None = None,
+    contamination_words: int | None = None,
+    remove_contaminated: bool = False,
 ) -> Corpus:
     """Build a corpus, or go on with an interrupted build of it.
 
@@ -79,8 +85,10 @@ def build_corpus(
         heldout_share: Expected share of documents (or groups) held out, in (0, 0.5].
         min_heldout_tokens: Fewest held-out tokens that a target may have, >= 1.
         seed: Decides which documents are held out.
-        parallel: Tokenise on Ray Data; None does so for shards of more than 64 MB of text (the
-            rest use all cores of this process' machine).
+        parallel: Tokenise on Ray Data instead of threads of this process, on all its cores. None
+            does so for shards of more than 64 MB of text where this process is connected to Ray or
+            has more than 16 cores.
+        near_duplicates, contamination_words, remove_contaminated: See `rayx.corpus.clean.Cleaning`.
 
     Returns:
         The corpus. If `out` already holds this corpus, it is returned as it is.
@@ -90,21 +98,24 @@ def build_corpus(
             train documents or too few held-out tokens, or another build writes there.
     """
     _check_parameters(sources, tokenizer, heldout_share, min_heldout_tokens, seed)
+    cleaning = Cleaning(near_duplicates, contamination_words, remove_contaminated)
     located = [(s, locate(s)) for s in sources]
     given = None if isinstance(tokenizer, int) else load_tokenizer(str(tokenizer))
     given_json = given.to_str() if given else None
-    key = _build_key(located, given_json or str(tokenizer), heldout_share, seed)
+    key = _build_key(located, given_json or str(tokenizer), heldout_share, seed,
+                     asdict(cleaning))  # fmt: skip
     if "://" in str(out):
         if folder := build_folder(str(out), key):
             build_corpus(
                 sources, folder, tokenizer=tokenizer, heldout_share=heldout_share,
                 min_heldout_tokens=min_heldout_tokens, seed=seed, parallel=parallel,
+                **asdict(cleaning),
             )  # fmt: skip
             upload(folder, str(out))
         return Corpus.load(str(out))
     out = Path(out).expanduser().absolute()
     _check_out(out)
-    with _locked(out):
+    with _locked(out), _enough_space(out):
         if _already_built(out, key):
             return Corpus.load(out)
         for source, location in located:
@@ -116,11 +127,15 @@ def build_corpus(
         with progress("reading") as advance:
             tallies, homeless = stage_sources(located, state / "text", heldout_share, seed, advance)
         _check_tallies(tallies, heldout_share)
+        text = state / ("cleaned" if cleaning else "text")
+        if cleaning:
+            with progress("cleaning", passes(tallies, cleaning)) as advance:
+                clean(state / "text", text, tallies, cleaning, advance)
         tallies = dict(sorted(tallies.items(), key=lambda item: item[1].evaluation_only))
         if not (out / TOKENIZER).exists():
-            made = given_json or _train(state / "text", tallies, int(str(tokenizer)))
+            made = given_json or _train(text, tallies, int(str(tokenizer)))
             write_whole(out / TOKENIZER, made)
-        shards = _encode(out, state, tallies, min_heldout_tokens, parallel)
+        shards = _encode(out, state, text, tallies, min_heldout_tokens, parallel)
         write_manifest(out, key, tallies, homeless, shards, tokenizer)
         shutil.rmtree(state)
     corpus = Corpus.load(out)
@@ -163,9 +178,9 @@ def _check_parameters(
 
 
 def _build_key(located: list[tuple[Source, Location]], *parameters: Any) -> str:
-    """Hash of all that decides the result; a local file counts by path, size and time."""
-    files = [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns]
-             for _, location in located if location.local for f in location.files]  # fmt: skip
+    """Hash of all that decides the result; a file counts by path, size and time."""
+    files = [[file, *stamp] for _, location in located
+             for file, stamp in zip(location.files, location.stamps, strict=False)]  # fmt: skip
     facts = [FORMAT_VERSION, [asdict(source) for source, _ in located], files, parameters]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -192,6 +207,24 @@ def _locked(out: Path) -> AbstractContextManager[object]:
         return FileLock(out / LOCK).acquire(timeout=0)
     except Timeout:
         raise CorpusError(f"Another build is writing to {str(out)!r}; wait for it.") from None
+
+
+@contextmanager
+def _enough_space(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CorpusError(
+            f"There is no space left for {str(out)!r} ({error}). A build needs about the text's "
+            "own size. Make space and start it again: it goes on where it was."
+        ) from error
+
+
+def _ray_is_worth_it() -> bool:
+    ray = sys.modules.get("ray")
+    return cores() > MOST_THREADS or (ray is not None and ray.is_initialized())
 
 
 def _already_built(out: Path, key: str) -> bool:
@@ -250,7 +283,12 @@ def _train(text: Path, tallies: dict[str, Tally], vocab_size: int) -> str:
 
 
 def _encode(
-    out: Path, state: Path, tallies: dict[str, Tally], min_tokens: int, parallel: bool | None
+    out: Path,
+    state: Path,
+    text: Path,
+    tallies: dict[str, Tally],
+    min_tokens: int,
+    parallel: bool | None,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
     dtype = shard_dtype(tokenizer_json)
@@ -261,8 +299,9 @@ def _encode(
             for name, tally in tallies.items():
                 if not tally.documents[split]:
                     continue
-                on_ray = tally.bytes[split] > RAY_BYTES if parallel is None else parallel
-                parts = staged_parts(state / "text", name, split)
+                large = tally.bytes[split] > RAY_BYTES
+                on_ray = large and _ray_is_worth_it() if parallel is None else parallel
+                parts = staged_parts(text, name, split)
                 if split == "train" and tally.ordered_by:
                     parts = by_score(parts, state / "sorted" / name)
                 file = f"domains/{name}/{split}.bin"

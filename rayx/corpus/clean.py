@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from rayx.corpus.contamination import Contamination, check_words
 from rayx.corpus.near_duplicates import NearDuplicates, check_threshold
-from rayx.corpus.stage import SPLITS, Tally, staged_parts
+from rayx.corpus.parts import staged_parts
+from rayx.corpus.stage import SPLITS, Tally
 from rayx.errors import CorpusError
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from pyarrow import fs
 from tokenizers import Tokenizer
 
+from rayx.corpus.parts import write_whole
 from rayx.corpus.source import check_domain_name
 from rayx.corpus.stage import SPLITS, Tally
 from rayx.corpus.tokenizer import eos_id, num_ids
@@ -89,16 +89,6 @@ def _fingerprint(parts: list[str]) -> str:
 def shard_dtype(tokenizer_json: str) -> str:
     """Return "<u2", or "<u4" if the token ids need more than 16 bits."""
     return "<u2" if num_ids(Tokenizer.from_str(tokenizer_json)) <= 65_536 else "<u4"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial_file = file.with_name(file.name + ".partial")
-    with open(partial_file, "w", encoding="utf-8", newline="") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial_file, file)
 
 
 def read_manifest(filesystem: fs.FileSystem, root: str, url: str) -> dict[str, Any]:

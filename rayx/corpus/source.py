@@ -7,14 +7,21 @@ one domain, or the columns whose values, joined, name each document's domain.
 from __future__ import annotations
 
 import logging
+import os
+import re
 from dataclasses import dataclass
+from fnmatch import translate
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 
-from rayx.errors import CorpusError, did_you_mean
+from pyarrow import fs
+
+from rayx import remote
+from rayx.errors import CorpusError, StoreError, UnreachableError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+Stamp = tuple[int, int]  # bytes and time of the last change, ns
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = ("parquet", "jsonl", "json", "txt", "hub")
@@ -42,7 +49,7 @@ class Source:
     """Text for one domain (`domain`) or for the domains named in columns (`domain_column`).
 
     Args:
-        path: Local file, folder or glob, URL, or Hugging Face hub name.
+        path: Local file, folder or glob; the same on s3:// or gs://; another URL, or hub name.
         domain: Name of the domain that all documents belong to.
         domain_column: Column with each document's domain, instead of `domain`; of several columns
             the domain is the crossing: their values joined by "." (`wiki.high`).
@@ -114,11 +121,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """What a source's path turned out to be: a format and its files (none for the hub)."""
+    """What a source's path turned out to be: a format and its files (none for the hub).
+
+    Files on this machine or an object store have a stamp, their size and the time of their last
+    change; those of other URLs have none.
+    """
 
     format: str
     files: tuple[str, ...]
-    local: bool
+    stamps: tuple[Stamp, ...] = ()
 
 
 def _format_of(name: str) -> str | None:
@@ -133,47 +144,134 @@ def locate(source: Source) -> Location:
 
     Raises:
         CorpusError: Missing or empty file, unknown suffix, mixed formats, not a Parquet file.
+        StoreError: An object store's URL holds credentials or cannot be understood.
+        UnreachableError: The object store is away or does not allow it.
     """
     path, asked = source.path, "jsonl" if source.format == "json" else source.format
     if asked == "hub":
-        return Location("hub", (), False)
-    if "://" in path:
+        return Location("hub", ())
+    if is_object(path):
+        files = _objects(path, asked)
+    elif "://" in path:
         form = asked or _format_of(path)
         if form is None:
             raise _unknown_suffix(path)
-        return Location(form, (path,), False)
+        return Location(form, (path,))
+    else:
+        found = _local_files(path, asked)
+        if found is None:
+            return Location("hub", ())
+        files = found
+    if not files:
+        raise CorpusError(f"Source {path!r} has no file of a known suffix ({', '.join(SUFFIXES)}).")
+    forms = {asked or _format_of(f) for f in files}
+    if None in forms:
+        raise _unknown_suffix(next(f for f in files if _format_of(f) is None))
+    if len(forms) > 1:
+        raise CorpusError(
+            f"Source {path!r} mixes {sorted(map(str, forms))}: make them two sources."
+        )
+    location = Location(str(forms.pop()), tuple(files), tuple(files.values()))
+    for file, (size, _) in files.items():
+        # an empty text file among others is an empty document, counted like any other
+        if not size and (location.format != "txt" or len(files) == 1):
+            raise CorpusError(f"Source file {file!r} is empty (0 bytes).")
+        # a store is asked for one footer only: each takes a while
+        if location.format == "parquet" and (file == location.files[0] or not is_object(file)):
+            _check_parquet(source, file)
+    return location
+
+
+def _local_files(path: str, asked: str | None) -> dict[str, Stamp] | None:
+    """Return the files of a path in order, each once; None if it can only be a hub name."""
     local = Path(path).expanduser()
     if has_magic(path) and not local.exists():
-        files = sorted(f for f in glob(str(local), recursive=True) if Path(f).is_file())
+        names = sorted(f for f in glob(str(local), recursive=True) if Path(f).is_file())
     elif local.is_dir():
-        inside = [f for f in local.rglob("*") if f.is_file() and not f.name.startswith(".")]
-        files = sorted(str(f) for f in inside if asked or _format_of(f.name))
-        if len(inside) > len(files):
-            log.warning("%s: %d files of other suffixes ignored", path, len(inside) - len(files))
+        inside = [f for f in local.rglob("*") if not f.name.startswith(".")]
+        if links := [f for f in inside if f.is_symlink() and not f.is_file()]:
+            log.warning("%s: %d links to folders or to nothing are not followed, e.g. %s",
+                        path, len(links), links[0])  # fmt: skip
+        names = _known(path, [str(f) for f in inside if f.is_file()], asked)
     elif local.is_file():
-        files = [str(local)]
+        names = [str(local)]
     elif asked or _format_of(path) or path[0] in "/.~" or path.count("/") > 1:
         near = [f.name for f in local.parent.iterdir()] if local.parent.is_dir() else []
         raise CorpusError(f"Source file {path!r} does not exist.{did_you_mean(local.name, near)}")
     else:
-        return Location("hub", (), False)
-    if not files:
-        raise CorpusError(f"Source {path!r} has no file of a known suffix ({', '.join(SUFFIXES)}).")
-    found = {asked or _format_of(f) for f in files}
-    if None in found:
-        raise _unknown_suffix(next(f for f in files if _format_of(f) is None))
-    if len(found) > 1:
-        raise CorpusError(
-            f"Source {path!r} mixes {sorted(map(str, found))}: make them two sources."
-        )
-    location = Location(str(found.pop()), tuple(files), True)
-    for file in files:
-        # an empty text file among others is an empty document, counted like any other
-        if not Path(file).stat().st_size and (location.format != "txt" or len(files) == 1):
-            raise CorpusError(f"Source file {file!r} is empty (0 bytes).")
-        if location.format == "parquet":
-            _check_parquet(source, file)
-    return location
+        return None
+    once: dict[str, str] = {}  # through a loop of links a pattern finds a file again and again
+    for name in names:
+        once.setdefault(os.path.realpath(name), name)
+    return {name: stamp(name) for name in once.values()}
+
+
+def _objects(url: str, asked: str | None) -> dict[str, Stamp]:
+    """Return the files of an object store's URL, in order: an object, a folder's, a pattern's."""
+    filesystem, root = remote.locate(url)
+    scheme, query = url.split("://")[0], "?" + url.partition("?")[2] if "?" in url else ""
+
+    def found(infos: list[fs.FileInfo]) -> dict[str, Stamp]:
+        seen = [i for i in infos if i.type == fs.FileType.File and not i.base_name.startswith(".")]
+        return {f"{scheme}://{info.path}{query}": _stamp_of(info) for info in seen}
+
+    info = remote.reach(lambda: filesystem.get_file_info(root), "look for the source", url)
+    if info.type == fs.FileType.File:
+        return found([info])
+    magic = has_magic(root)
+    parts = root.split("/")
+    folder = "/".join(parts[: next((k for k, part in enumerate(parts) if has_magic(part)), None)])
+    under = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    infos = remote.reach(lambda: filesystem.get_file_info(under), "list the source", url)
+    if not infos:
+        raise CorpusError(f"Source {url!r} does not exist: nothing is there or below it.")
+    if magic:
+        pattern = re.compile(_as_regex(root))
+        files = found([info for info in infos if pattern.fullmatch(info.path)])
+        if not files:
+            raise CorpusError(f"Source {url!r} matches none of the {len(infos)} objects there.")
+    else:
+        files = found(infos)
+        files = {name: files[name] for name in _known(url, list(files), asked)}
+    return dict(sorted(files.items()))
+
+
+def _as_regex(pattern: str) -> str:
+    steps = (".*" if part == "**" else translate(part)[4:-3].replace(".*", "[^/]*")
+             for part in pattern.split("/"))  # fmt: skip
+    return "/".join(steps).replace(".*/", "(?:.*/)?")
+
+
+def _known(path: str, names: list[str], asked: str | None) -> list[str]:
+    known = sorted(name for name in names if asked or _format_of(name))
+    if len(names) > len(known):
+        log.warning("%s: %d files of other suffixes ignored", path, len(names) - len(known))
+    return known
+
+
+def is_object(path: str) -> bool:
+    """Whether a path is the URL of an object store that is read here."""
+    return path.startswith(("s3://", "gs://", "gcs://"))
+
+
+def stamp(file: str) -> Stamp:
+    """Return a file's size and the time of its last change, ns.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not is_object(file):
+        found = os.stat(file)
+        return found.st_size, found.st_mtime_ns
+    filesystem, path = remote.locate(file)
+    info = remote.reach(lambda: filesystem.get_file_info(path), "look for", file)
+    if info.type != fs.FileType.File:
+        raise FileNotFoundError(file)
+    return _stamp_of(info)
+
+
+def _stamp_of(info: fs.FileInfo) -> Stamp:
+    return info.size or 0, info.mtime_ns or 0
 
 
 def _unknown_suffix(file: str) -> CorpusError:
@@ -188,8 +286,11 @@ def _check_parquet(source: Source, file: str) -> None:
     import pyarrow.parquet as pq
 
     try:
-        meta = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+        filesystem, path = remote.locate(file)
+        meta = remote.reach(lambda: pq.read_metadata(path, filesystem=filesystem), "read", file)
+    except UnreachableError:
+        raise
+    except (pa.ArrowException, OSError, StoreError) as error:
         raise CorpusError(f"Source file {file!r} is not readable as Parquet: {error}") from None
     if not meta.num_rows:
         raise CorpusError(f"Source file {file!r} is empty (a Parquet file with 0 rows).")

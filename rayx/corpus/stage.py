@@ -9,19 +9,22 @@ else: it never moves when others are added. Exception: of two copies in differen
 read decides.
 
 Rows keep their score and labels, so that what is removed later can be taken off the counts.
-Staged text lies as Parquet parts under `source-NNN/<domain>/<split>-NNNNN.parquet`; a source's
-folder appears when the source is done, so a killed build repeats at most one source. The hashes
-of all documents are held in memory (about 100 bytes per document).
+Staged text lies as Parquet parts under `source-NNN/<domain>/<split>-NNNNN.parquet`. A source's
+folder appears when the source is done; until then a checkpoint says how far its parts go, so a
+killed build reads at most CHECKPOINT_BYTES again. The hashes of all documents are held in memory
+(about 100 bytes per document, and as much again for its id).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -32,14 +35,16 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import dataset
 
 from rayx.corpus.documents import Document, documents
+from rayx.corpus.parts import Parts, write_whole
 from rayx.corpus.source import Location, Source
 from rayx.errors import CorpusError
 
-PART_BYTES = 8_000_000
+log = logging.getLogger(__name__)
+
+CHECKPOINT_BYTES = 64_000_000  # of text; bounds the parts that are being filled too
+CHECKPOINT = "checkpoint.json"
 SORT_MEMORY = "1GB"  # beyond it DuckDB sorts on disk
 MOST_VALUES = 1_000  # of a label column
-SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.large_string()), ("score", pa.float64()),
-                    ("labels", pa.string()), ("id_hash", pa.binary(16))])  # fmt: skip
 SPLITS = ("train", "heldout")
 
 
@@ -95,33 +100,6 @@ class Tally:
         self.ordered_by = self.ordered_by or other.ordered_by
 
 
-class _Parts:
-    """Buffers the documents of a source and writes them as parts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
-        self.sizes: Counter[tuple[str, str]] = Counter()
-        self.written: Counter[tuple[str, str]] = Counter()
-
-    def add(self, domain: str, split: str, row: tuple[Any, ...]) -> None:
-        """Add a row as in SCHEMA."""
-        self.rows[domain, split].append(row)
-        self.sizes[domain, split] += len(row[1])
-        if self.sizes[domain, split] >= PART_BYTES:
-            self.flush(domain, split)
-
-    def flush(self, domain: str, split: str) -> None:
-        columns = zip(*self.rows.pop((domain, split)), strict=True)
-        table = pa.table(list(columns), schema=SCHEMA)
-        number = self.written[domain, split]
-        (self.folder / domain).mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, self.folder / domain / f"{split}-{number:05d}.parquet",
-                       compression="zstd")  # fmt: skip
-        self.written[domain, split] += 1
-        self.sizes[domain, split] = 0
-
-
 def stage_sources(
     sources: list[tuple[Source, Location]],
     folder: Path,
@@ -152,73 +130,119 @@ def stage_sources(
         done = folder / f"source-{index:03d}"
         if not done.exists():
             partial = folder / f"source-{index:03d}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            tallies, lost = _stage(source, location, partial, seen, heldout_share, seed, advance)
-            _check_names(domains, tallies)
-            facts = {"homeless": lost, "domains": {
-                name: {"documents": t.documents, "bytes": t.bytes, "duplicates": t.duplicates,
-                       "skipped": t.skipped, "labels": t.labels, "ordered_by": t.ordered_by}
-                for name, t in tallies.items()}}  # fmt: skip
-            (partial / "tally.json").write_text(json.dumps(facts))
+            partial.mkdir(parents=True, exist_ok=True)
+            staging = _Staging(source, partial, seen, heldout_share, seed)
+            staging.run(location, advance)
+            _check_names(domains, staging.tallies)
+            facts = _to_json(staging.tallies, staging.homeless)
+            write_whole(partial / "tally.json", json.dumps(facts))
+            (partial / CHECKPOINT).unlink(missing_ok=True)
             os.replace(partial, done)
         else:
-            for part in done.rglob("*.parquet"):
-                rows = pq.read_table(part, columns=["hash", "id_hash"])
-                seen.update(rows["hash"].to_pylist(), rows["id_hash"].drop_null().to_pylist())
-        facts = json.loads((done / "tally.json").read_text())
-        homeless += Counter(facts["homeless"])
-        for name, f in facts["domains"].items():
-            tally = Tally(source.evaluation_only, Counter(f["documents"]), Counter(f["bytes"]),
-                          f["duplicates"], Counter(f["skipped"]),
-                          {c: Counter(v) for c, v in f["labels"].items()},
-                          f["ordered_by"])  # fmt: skip
+            _remember(done, seen)
+        facts = json.loads((done / "tally.json").read_text(encoding="utf-8"))
+        tallies, lost = _from_json(facts, source)
+        homeless += lost
+        for name, tally in tallies.items():
             domains.setdefault(name, Tally()).add(tally)
     return domains, homeless
 
 
-def staged_parts(folder: Path, domain: str, split: str) -> list[str]:
-    """Return the staged parts of a domain's split, in reading order."""
-    sources = sorted(folder.glob("source-[0-9]*[0-9]"))
-    return [str(p) for s in sources for p in sorted((s / domain).glob(f"{split}-*.parquet"))]
+def _to_json(tallies: dict[str, Tally], homeless: Counter[str]) -> dict[str, Any]:
+    return {"homeless": homeless, "domains": {
+        name: {"documents": t.documents, "bytes": t.bytes, "duplicates": t.duplicates,
+               "skipped": t.skipped, "labels": t.labels, "ordered_by": t.ordered_by}
+        for name, t in tallies.items()}}  # fmt: skip
 
 
-def _stage(
-    source: Source,
-    location: Location,
-    folder: Path,
-    seen: set[bytes],
-    share: float,
-    seed: int,
-    advance: Callable[[int, int], None],
-) -> tuple[dict[str, Tally], Counter[str]]:
-    parts = _Parts(folder)
-    tallies: dict[str, Tally] = {}
-    homeless: Counter[str] = Counter()
-    for document in documents(source, location):
+def _from_json(facts: dict[str, Any], source: Source) -> tuple[dict[str, Tally], Counter[str]]:
+    tallies = {
+        name: Tally(source.evaluation_only, Counter(f["documents"]), Counter(f["bytes"]),
+                    f["duplicates"], Counter(f["skipped"]),
+                    {c: Counter(v) for c, v in f["labels"].items()}, f["ordered_by"])
+        for name, f in facts["domains"].items()
+    }  # fmt: skip
+    return tallies, Counter(facts["homeless"])
+
+
+def _remember(folder: Path, seen: set[bytes]) -> None:
+    for part in folder.rglob("*.parquet"):
+        rows = pq.read_table(part, columns=["hash", "id_hash"])
+        seen.update(rows["hash"].to_pylist(), rows["id_hash"].drop_null().to_pylist())
+
+
+class _Staging:
+    """One source on its way into parts: what has been counted so far."""
+
+    def __init__(
+        self, source: Source, folder: Path, seen: set[bytes], share: float, seed: int
+    ) -> None:
+        self.source, self.folder, self.seen = source, folder, seen
+        self.share, self.seed = share, seed
+        self.tallies: dict[str, Tally] = {}
+        self.homeless: Counter[str] = Counter()
+
+    def run(self, location: Location, advance: Callable[[int, int], None]) -> None:
+        """Stage what the checkpoint of a killed build, if there is one, does not have."""
+        with ThreadPoolExecutor(1) as writer:
+            parts = Parts(self.folder, writer)
+            start = self._resume(parts)
+            for tally in self.tallies.values():
+                advance(tally.documents.total(), tally.bytes.total())
+            unsaved = 0
+            for number, document in enumerate(documents(self.source, location, start), start):
+                if unsaved >= CHECKPOINT_BYTES:
+                    parts.flush_all()
+                    self._save(parts, number)
+                    unsaved = 0
+                if num_bytes := self._add(document, parts):
+                    advance(1, num_bytes)
+                    unsaved += num_bytes
+            parts.flush_all()
+
+    def _save(self, parts: Parts, rows: int) -> None:
+        written = [[*key, count] for key, count in parts.written.items()]
+        facts = _to_json(self.tallies, self.homeless) | {"rows": rows, "written": written}
+        write_whole(self.folder / CHECKPOINT, json.dumps(facts))
+
+    def _resume(self, parts: Parts) -> int:
+        """Return the number of rows that are staged, as at the last checkpoint."""
+        file, rows, written = self.folder / CHECKPOINT, 0, Counter[tuple[str, str]]()
+        if file.exists():
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            self.tallies, self.homeless = _from_json(facts, self.source)
+            rows = facts["rows"]
+            written.update({(domain, split): n for domain, split, n in facts["written"]})
+            log.info("source %s: going on after %d rows", self.source.path, rows)
+        parts.cut_back(written)
+        _remember(self.folder, self.seen)
+        return rows
+
+    def _add(self, document: Document, parts: Parts) -> int:
+        """Count a document and pass it on; return its bytes, 0 if it is not kept."""
         if document.domain is None:
-            homeless[document.skip or ""] += 1
-            continue
-        tally = tallies.get(document.domain)
+            self.homeless[document.skip or ""] += 1
+            return 0
+        tally = self.tallies.get(document.domain)
         if tally is None:
-            order = None if source.evaluation_only else source.score_column
-            tally = tallies[document.domain] = Tally(source.evaluation_only, ordered_by=order)
+            order = None if self.source.evaluation_only else self.source.score_column
+            tally = Tally(self.source.evaluation_only, ordered_by=order)
+            self.tallies[document.domain] = tally
         if document.skip:
             tally.skipped[document.skip] += 1
-            continue
-        digest = document_hash(document.text)
-        if digest in seen:
+            return 0
+        text, digest = document.text, document_hash(document.text)
+        if digest in self.seen:
             tally.duplicates += 1
-            continue
+            return 0
         id_hash = None if document.id is None else _id_hash(document.id)
-        if id_hash in seen:
+        if id_hash in self.seen:
             tally.skipped["duplicate id"] += 1
-            continue
-        seen.add(digest)
+            return 0
+        self.seen.add(digest)
         if id_hash:
-            seen.add(id_hash)
-        split = split_of(document, digest, source.evaluation_only, share, seed)
-        text = document.text
+            self.seen.add(id_hash)
+        split = split_of(document, digest, self.source.evaluation_only, self.share, self.seed)
         labels = json.dumps(document.labels) if document.labels else None
         parts.add(document.domain, split, (digest, text, document.score, labels, id_hash))
         num_bytes = len(text) if text.isascii() else len(text.encode())
@@ -226,10 +250,7 @@ def _stage(
             tally.count(document.labels, num_bytes)
         tally.documents[split] += 1
         tally.bytes[split] += num_bytes
-        advance(1, num_bytes)
-    for domain, split in list(parts.rows):
-        parts.flush(domain, split)
-    return tallies, homeless
+        return num_bytes
 
 
 def by_score(parts: list[str], folder: Path) -> list[str]:

@@ -24,7 +24,8 @@ from typing import Any
 from filelock import FileLock
 from pyarrow import fs
 
-from rayx.corpus.manifest import MANIFEST, REBUILD, read_manifest, write_whole
+from rayx.corpus.manifest import MANIFEST, REBUILD, read_manifest
+from rayx.corpus.parts import write_whole
 from rayx.errors import CorpusError
 from rayx.remote import locate, reach
 
