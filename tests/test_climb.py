@@ -174,7 +174,7 @@ def test_auto_does_not_know_the_published_predictor(tmp_path):
         (8, {"sizes": (64, 32, 1)}, "sizes of round 3 is 1; expected at least 2 proxies"),
         (8, {"sizes": (64, 32.0)}, "sizes of round 2 is 32.0; expected at least 2"),
         (8, {"concentration": 0.0}, "concentration is 0.0; expected more than 0"),
-        (1, {}, r"corpus.domains is \('web',\); expected at least 2, to mix"),
+        (1, {}, r"Climb.domains is \('web',\); expected at least 2, to mix"),
         (2, {}, r"ask for 112 proxies; 2 domains under their caps leave about \d\d mixtures"),
         (8, {"max_epochs": 0.01}, "raise max_epochs or add data"),
     ],

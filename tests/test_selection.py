@@ -16,6 +16,7 @@ from rayx.choose import choose
 from rayx.corpus import Source, build_corpus, describe
 from rayx.errors import CorpusError, SpecError
 from rayx.fit import Table, fit_table
+from rayx.methods.regmix import RegMix
 from rayx.plan import Plan
 from rayx.proxy.batches import Batches
 from rayx.proxy.train import train_pack
@@ -230,3 +231,17 @@ def test_plan_names_selections_their_supply_and_the_labels(scored: Corpus, tmp_p
     assert plan.labels == scored.mixture_labels(plan.schedule.phases[0].mixture)
     plan.check(scored)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_search_may_run_over_selections(scored: Corpus) -> None:
+    names = ("code", "wiki", "wiki@0.2")
+    study = RegMix(
+        corpus=scored, domains=names, proxy=spec(scored, Mixture.uniform(names)), num_proxies=12,
+        objective={"wiki": 1.0}, budget_tokens=scored.tokens["wiki@0.2"] * 8, max_epochs=4.0,
+    )  # fmt: skip
+    mixtures = [s.schedule.phases[0].mixture for s in study.specs()]
+    assert len(mixtures) == 12 and {d for m in mixtures for d in m} == set(names)
+    assert study.caps["wiki@0.2"] == pytest.approx(0.5)
+    assert all(m.get("wiki@0.2", 0.0) <= 0.5 for m in mixtures)
+    for mixture in mixtures:
+        scored.check_mixture(mixture)

@@ -103,8 +103,8 @@ class Climb(RegMix):
         for number, (size, fewest) in enumerate(zip(sizes, least, strict=True), start=1):
             counted = isinstance(size, int) and not isinstance(size, bool) and size >= fewest
             require(counted, f"Climb.sizes of round {number}", size, f"at least {fewest} proxies")
-        domains = tuple(self.corpus.domains)
-        require(len(domains) >= 2, "Climb.corpus.domains", domains, "at least 2, to mix")
+        domains = tuple(self.supply)
+        require(len(domains) >= 2, "Climb.domains", domains, "at least 2, to mix")
         require(self.concentration > 0, "Climb.concentration", self.concentration, "more than 0")
         object.__setattr__(self, "num_proxies", sum(sizes))
         object.__setattr__(self, "rounds", len(sizes))
@@ -117,9 +117,9 @@ class Climb(RegMix):
             )
 
     def _first(self, num: int) -> list[Mixture]:
-        concentration = self.concentration * len(self.corpus.domains)
+        concentration = self.concentration * len(self.supply)
         return regmix_mixtures(
-            self.corpus.tokens,
+            self.supply,
             num,
             seed=self.seed,
             caps=self.caps,

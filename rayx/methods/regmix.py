@@ -40,7 +40,8 @@ class RegMix:
     """RegMix on one corpus.
 
     Attributes:
-        corpus: What there is to mix.
+        corpus: Where the text is.
+        domains: What to mix, selections such as `web@0.3` among it; () for all domains.
         proxy: Template of the proxies; its mixture and seeds are replaced.
         num_proxies: Proxies in all, uniform and proportional included, >= 8.
         rounds: Rounds that they are trained in, of about equal size; from the second on, mixtures
@@ -57,6 +58,7 @@ class RegMix:
     """
 
     corpus: Corpus
+    domains: tuple[str, ...] = ()
     proxy: TrainSpec
     num_proxies: int
     rounds: int = 1
@@ -71,15 +73,20 @@ class RegMix:
     verification_seeds: int = 3
 
     @property
+    def supply(self) -> dict[str, int]:
+        """Tokens of what there is to mix."""
+        return {name: self.corpus.tokens[name] for name in self.domains or self.corpus.domains}
+
+    @property
     def caps(self) -> dict[str, float]:
         """Domain -> largest share that the supply allows in the final run."""
-        return supply_caps(self.corpus.tokens, self.budget_tokens, self.max_epochs)
+        return supply_caps(self.supply, self.budget_tokens, self.max_epochs)
 
     def baselines(self) -> dict[str, Mixture]:
         """Return what a choice must beat without any sweep, within the caps."""
         return {
-            "uniform": uniform_mixture(self.corpus.domains, self.caps),
-            "proportional": proportional_mixture(self.corpus.tokens, self.caps),
+            "uniform": uniform_mixture(tuple(self.supply), self.caps),
+            "proportional": proportional_mixture(self.supply, self.caps),
         }
 
     def specs(self) -> list[TrainSpec]:
@@ -100,7 +107,7 @@ class RegMix:
             mixtures = next_mixtures(
                 fitted,
                 self.objective,
-                {d: self.corpus.tokens[d] for d in fitted.table.domains},
+                {d: self.supply[d] for d in fitted.table.domains},
                 self._constraints(fitted.table.domains),
                 num=size,
                 seed=1_000 * number + self.seed,
@@ -113,7 +120,7 @@ class RegMix:
         """The first round: the baselines, then RegMix's candidates."""
         mixtures = list(self.baselines().values())
         rest = num - len(mixtures)
-        return mixtures + regmix_mixtures(self.corpus.tokens, rest, seed=self.seed, caps=self.caps)
+        return mixtures + regmix_mixtures(self.supply, rest, seed=self.seed, caps=self.caps)
 
     def _sizes(self) -> list[int]:
         """Proxies of each round."""
@@ -145,7 +152,7 @@ class RegMix:
         """Fit the proxies' records and choose."""
         fitted = self._fit(store, self.proposed(store))
         domains = fitted.table.domains
-        prior = {d: self.corpus.tokens[d] for d in domains}
+        prior = {d: self.supply[d] for d in domains}
         choice = choose(
             fitted,
             self.objective,
@@ -175,7 +182,7 @@ class RegMix:
     def follow_up_cost(self, others: Collection[str] = ()) -> list[TrainSpec]:
         """Return as many runs, as costly, as the verification of any choice will take."""
         arms = [CHOICE, *self.baselines(), "best_random", *others]
-        uniform = Mixture.uniform(self.corpus.domains)
+        uniform = Mixture.uniform(tuple(self.supply))
         runs = self.follow_up(dict.fromkeys(arms, uniform))
         return [spec for specs in runs.values() for spec in specs]
 
