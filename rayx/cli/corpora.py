@@ -47,6 +47,15 @@ def build(
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
     heldout_share: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.05,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="Remove what is this similar (Jaccard) to another: 0.7.")
+    ] = None,
+    contamination_words: Annotated[
+        int | None, typer.Option(help="Count word n-grams shared with held-out text: 13.")
+    ] = None,
+    remove_contaminated: Annotated[
+        bool, typer.Option(help="Also remove the train documents that share one.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Turn Parquet, JSONL or text files, or hub datasets, into a corpus.
@@ -71,7 +80,11 @@ def build(
     if table:
         given.append(Source(path=table, domain_column=tuple(_names(domain_column)), **columns))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
-    built = build_corpus(given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed)
+    built = build_corpus(
+        given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed,
+        near_duplicates=near_duplicates, contamination_words=contamination_words,
+        remove_contaminated=remove_contaminated,
+    )  # fmt: skip
     show_corpus(built)
 
 
@@ -126,6 +139,7 @@ def show_corpus(corpus: Corpus, plan: Plan | None = None) -> None:
     supply = grid_of("", "documents", "tokens", "share", "bytes/token", "|", "held-out",
                      "tokens", "± bpb", *["epochs"] * bool(plan))  # fmt: skip
     removed = grid_of("", "duplicates", "skipped", "")
+    cleaned = grid_of("", "near-duplicates", "contaminated", "held-out shared")
     for name, row in facts.to_dict("index").items():
         if row["heldout_documents"]:
             supply.add_row(
@@ -136,7 +150,10 @@ def show_corpus(corpus: Corpus, plan: Plan | None = None) -> None:
             )  # fmt: skip
         if row["duplicates"] or row["skipped"]:
             removed.add_row(name, f"{row['duplicates']:,}", f"{row['skipped']:,}", row["reasons"])
-    for grid in (supply, removed):
+        found = (row["near_duplicates"], row["contaminated"], row["heldout_shared"])
+        if any(value == value for value in found):  # not nan
+            cleaned.add_row(name, f"{found[0]:,.0f}", f"{found[1]:,.0f}", f"{found[2]:.2%}")
+    for grid in (supply, removed, cleaned):
         if grid.row_count:
             Console().print(grid, "")
     show_labels(corpus)

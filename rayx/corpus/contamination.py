@@ -47,13 +47,13 @@ class Contamination:
         self.words = words
         self._collected: list[np.ndarray] = []
         self._ngrams = np.zeros(0, np.uint64)  # sorted
-        self._holders = np.zeros(0, np.uint8)  # train documents with it, counted to BOILERPLATE + 1
         self._documents, self._held = array("Q"), array("Q")  # who holds which n-gram
         self._seen = 0
+        self._close()
 
     def add_heldout(self, texts: Sequence[str]) -> None:
         """Take the n-grams of held-out documents, before any train document is looked at."""
-        self._collected += [np.unique(self._hashes(texts)[0])]
+        self._collected.append(np.unique(self._hashes(texts)[0]))
 
     def find(self, texts: Sequence[str]) -> None:
         """Look held-out n-grams up in train documents, which are numbered from 0 as they come."""
@@ -111,8 +111,9 @@ class Contamination:
         return np.concatenate(parts), np.array(bounds)
 
     def _close(self) -> None:
-        self._ngrams = np.unique(np.concatenate(self._collected))
+        self._ngrams = np.unique(np.concatenate([self._ngrams, *self._collected]))
         self._collected = []
+        # train documents that hold each, counted to BOILERPLATE + 1
         self._holders = np.zeros(len(self._ngrams), np.uint8)
         bits = min(max(len(self._ngrams) * 16, 2).bit_length(), 27)
         self._shift = np.uint64(64 - bits)
