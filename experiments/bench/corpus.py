@@ -1,6 +1,7 @@
 """How much of the tokenizer's own speed does building a corpus keep?
 
     python experiments/bench/corpus.py [--megabytes 24] [--repeats 3] [--vocabulary 4096] [--ray]
+    python experiments/bench/corpus.py --megabytes 300 --folder FOLDER [--folder ...] [--ray]
 
 The same text, in one process on one thread, paired and interleaved: (a) the tokenizer alone over
 texts in memory, (b) `build_corpus` with that tokenizer, from JSON lines to a corpus on disk. Rates
@@ -9,8 +10,9 @@ per second of wall time. The aim is (b) >= 0.9 (a). `reading` reads, drops dupli
 held-out documents and stages; `encoding` is the tokenizer and the shards.
 `--ray` also builds with Ray Data on all cores and says what came of each core, after Ray's start.
 
-Text: documents of words by Zipf's law with punctuation and numbers, drawn anew with each seed, or
---text FILE.jsonl with a column `text`.
+With folders of real text the measurement is another: all cores, memory and kill -9 (see
+`corpus_scale.py`). Else the text is documents of words by Zipf's law with punctuation and numbers,
+or --text FILE.jsonl with a column `text`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import corpus_scale
 import numpy as np
 
 from rayx.corpus import Source, build_corpus
@@ -167,16 +170,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--text", help="a JSONL file instead of drawn text")
+    parser.add_argument("--folder", action="append", help="real text: all cores, kill -9")
+    parser.add_argument("--seed", type=int, default=0, help="order of the real files")
     parser.add_argument("--ray", action="store_true", help="also with Ray Data")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    os.environ["RAYON_NUM_THREADS"] = "1"  # read when the tokenizer first works
-    result = measure(given.megabytes, given.repeats, given.vocabulary, given.text, given.ray)
+    if given.folder:
+        result = corpus_scale.measure(given.folder, given.megabytes, given.vocabulary, given.seed,
+                                      given.ray)  # fmt: skip
+    else:
+        os.environ["RAYON_NUM_THREADS"] = "1"  # read when the tokenizer first works
+        result = measure(given.megabytes, given.repeats, given.vocabulary, given.text, given.ray)
     if given.json:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
+        facts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, fact in facts:
+            label = f"{name} {part}".strip()
+            print(f"{label:50} {fact:.3f}" if isinstance(fact, float) else f"{label:50} {fact}")
 
 
 if __name__ == "__main__":

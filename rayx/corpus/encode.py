@@ -33,7 +33,7 @@ from rayx.errors import CorpusError
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1_000_000  # of text at once: an encoding takes some 140 bytes per byte while it lives
-PIECE_BYTES = 2_000_000  # longer documents are encoded in pieces where that is exact
+PIECE_BYTES = 1_000_000  # longer documents are encoded in pieces where that is exact
 CHECKPOINT_BYTES = 64_000_000  # of text between two entries in the journal
 MOST_THREADS = 16  # Python's share, 4% of the work, is done by one at a time
 CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
@@ -107,12 +107,12 @@ def _batches(column: pa.ChunkedArray, can_cut: bool) -> Iterator[tuple[list[str]
         text = scalar.as_py()
         found = pieces(text, PIECE_BYTES) if can_cut else [text]
         for number, piece in enumerate(found, 1):
+            if texts and size + len(piece) > BATCH_BYTES:
+                yield texts, ends
+                texts, ends, size = [], [], 0
             texts.append(piece)
             ends.append(number == len(found))
             size += len(piece)
-            if size >= BATCH_BYTES:
-                yield texts, ends
-                texts, ends, size = [], [], 0
     if texts:
         yield texts, ends
 
