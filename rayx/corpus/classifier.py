@@ -1,6 +1,6 @@
-"""Stage 1, corpus: a rater trained from labelled examples: hashed words, logistic regression.
+"""Stage 1, corpus: a rater trained from labelled examples: TF-IDF and logistic regression.
 
-Words, punctuation and pairs of them are hashed to 2^18 features and weighted by TF-IDF; classes
+Features are words, punctuation and pairs of them, those most frequent in the examples; classes
 count alike however many examples they have. What it is worth is measured before it is used:
 stratified 5-fold cross-validation on the examples, with exact duplicates left out (near-duplicates
 across folds flatter it).
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from rayx.corpus.documents import UNKNOWN, documents
 from rayx.corpus.raters import TEXT, Value
@@ -76,7 +77,8 @@ class ClassifierRater:
     def rate(self, documents: pa.Table) -> Sequence[Value]:
         """Return labels, probabilities or mean numbers."""
         texts = [text[:FIRST_CHARACTERS] for text in documents[TEXT].to_pylist()]
-        shares_NC = self.model.predict_proba(texts)
+        with threadpool_limits(1):
+            shares_NC = self.model.predict_proba(texts)
         classes = [str(c) for c in self.model.classes_]
         if self.of is not None:
             return [float(p) for p in shares_NC[:, classes.index(self.of)]]
@@ -132,7 +134,9 @@ def train_classifier(
         log.warning("classifier %s: AUC %.3f is little above chance (%.1f); its labels say little",
                     name, validation.auc, CHANCE)  # fmt: skip
     digest = hashlib.sha256(repr((FEATURES, WORDS, texts, labels)).encode()).hexdigest()
-    return ClassifierRater(name, _pipeline().fit(texts, labels), of, validation, digest[:16])
+    with threadpool_limits(1):  # the order of a sum decides its last bits
+        model = _pipeline().fit(texts, labels)
+    return ClassifierRater(name, model, of, validation, digest[:16])
 
 
 def _read(examples: str | Path | Source, label_column: str) -> tuple[list[str], list[str]]:
@@ -173,17 +177,14 @@ def _numbers(classes: Sequence[str]) -> list[float] | None:
 
 
 def _pipeline() -> Any:
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectorizer: Any = HashingVectorizer  # its stubs know no norm=None
-    hashed = vectorizer(
-        n_features=FEATURES, ngram_range=(1, 2), token_pattern=WORDS, alternate_sign=False,
-        norm=None,
-    )  # fmt: skip
-    regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
-    return make_pipeline(hashed, TfidfTransformer(sublinear_tf=True), regression)
+    words = TfidfVectorizer(
+        ngram_range=(1, 2), token_pattern=WORDS, max_features=FEATURES, sublinear_tf=True
+    )
+    return make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"))
 
 
 def _validate(texts: list[str], labels: list[str], seed: int) -> Validation:
@@ -192,7 +193,8 @@ def _validate(texts: list[str], labels: list[str], seed: int) -> Validation:
 
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     classes = sorted(set(labels))
-    found = cross_val_predict(_pipeline(), texts, labels, cv=folds, method="predict_proba")
+    with threadpool_limits(1):
+        found = cross_val_predict(_pipeline(), texts, labels, cv=folds, method="predict_proba")
     shares_NC = np.asarray(found)
     right = np.array(classes)[shares_NC.argmax(axis=1)] == np.array(labels)
     accuracy = float(right.mean())
