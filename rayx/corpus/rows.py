@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from rayx.corpus.source import Location, Source, check_columns, is_object, stamp
-from rayx.errors import CorpusError
+from rayx.corpus.source import Location, Source, Stamp, check_columns, is_object, stamp
+from rayx.errors import CorpusError, RayxError, UnreachableError
 from rayx.remote import locate as locate_url
 from rayx.remote import reach
 
@@ -31,6 +32,7 @@ RANGE_BYTES = 8_000_000  # of one request to an object store
 BATCH_BYTES = 64_000_000  # of Parquet rows at once
 BATCH_ROWS = 1024
 USUAL_RATIO = 8  # text that Parquet's compression shrinks by more is repeated or a bomb
+GONE = re.compile("NOT_FOUND|NO_SUCH_KEY|404")
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what compressed files raise
 
 
@@ -55,18 +57,27 @@ def rows(source: Source, location: Location, start: int = 0) -> Iterator[dict[st
     for file, expected in zip(location.files, location.stamps, strict=True):
         try:
             start = yield from read(source, file, start)
-            found = stamp(file)
-        except FileNotFoundError:
-            raise CorpusError(
-                f"Source file {file!r} vanished while it was read; build from files that stay."
-            ) from None
-        except (*BROKEN, ValueError) as error:
+        except (*BROKEN, ValueError, RayxError) as error:
+            if not isinstance(error, UnreachableError) or GONE.search(str(error)):
+                _check_unchanged(file, expected)  # which may be the reason
+            if isinstance(error, RayxError):
+                raise
             raise CorpusError(f"Source file {file!r} cannot be read: {error}") from error
-        if found != expected:
-            raise CorpusError(
-                f"Source file {file!r} changed while it was read ({expected[0]:,} bytes, now "
-                f"{found[0]:,}); build again when nothing writes to it."
-            )
+        _check_unchanged(file, expected)
+
+
+def _check_unchanged(file: str, expected: Stamp) -> None:
+    try:
+        found = stamp(file)
+    except FileNotFoundError:
+        raise CorpusError(
+            f"Source file {file!r} vanished while it was read; build from files that stay."
+        ) from None
+    if found != expected:
+        raise CorpusError(
+            f"Source file {file!r} changed while it was read ({expected[0]:,} bytes, now "
+            f"{found[0]:,}); build again when nothing writes to it."
+        )
 
 
 class _Ranges(io.RawIOBase):

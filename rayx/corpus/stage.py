@@ -195,9 +195,9 @@ class _Staging:
                     parts.flush_all()
                     self._save(parts, number)
                     unsaved = 0
+                unsaved += len(document.text)
                 if num_bytes := self._add(document, parts):
                     advance(1, num_bytes)
-                    unsaved += num_bytes
             parts.flush_all()
 
     def _save(self, parts: Parts, rows: int) -> None:
