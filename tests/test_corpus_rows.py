@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 import rayx.remote
 from rayx.corpus import Corpus, Source, build_corpus, encode, rows, stage
 from rayx.corpus.documents import documents
+from rayx.corpus.join import join_corpora
 from rayx.corpus.source import locate
 from rayx.corpus.tokenizer import train_tokenizer
 from rayx.errors import CorpusError, UnreachableError
@@ -335,3 +336,51 @@ def test_threads_and_cores_do_not_count(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(encode, "cores", lambda n=threads: n)
         made.append(np.array(build(source, tmp_path / str(threads)).train("web")))
     assert made[0].tolist() == made[1].tolist()
+
+
+# Built in parts ----------------------------------------------------------------------------------
+
+
+def test_parts_by_hash_joined_are_the_corpus_built_at_once(tmp_path: Path) -> None:
+    bad = [{"text": None}, {"text": " "}]
+    kept = [{"text": t, "lang": "en"} for t in (*TEXTS, *TEXTS[:9])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept + bad))
+    source = Source(path=str(tmp_path / "a.jsonl"), domain="web", label_columns=("lang",))
+    train_tokenizer(TEXTS, 300).save(str(tmp_path / "t.json"))
+    options = {"tokenizer": tmp_path / "t.json", "heldout_share": 0.3}
+    whole = build(source, tmp_path / "whole", **options)
+    parts = [build(source, tmp_path / str(k), partition=(k, 3), **options) for k in range(3)]
+    joined = join_corpora([part.url for part in parts], tmp_path / "joined")
+    joined.verify()
+
+    def texts(corpus: Corpus, tokens: Any) -> list[str]:
+        ends = np.flatnonzero(tokens == corpus.eos_id) + 1
+        return sorted(part.tobytes().hex() for part in np.split(tokens, ends)[:-1])
+
+    assert texts(joined, joined.train("web")) == texts(whole, whole.train("web"))
+    assert texts(joined, joined.heldout("web")) == texts(whole, whole.heldout("web"))
+    assert min(len(part.train("web")) for part in parts) > 0
+    for corpus in (joined, whole):
+        for split in ("train", "heldout"):
+            corpus.manifest["domains"][0][split].pop("sha256")
+        corpus.manifest["domains"][0].pop("fingerprint")
+    assert joined.manifest["domains"] == whole.manifest["domains"]
+    again = join_corpora([part.url for part in parts], tmp_path / "joined")
+    assert again.fingerprint == joined.fingerprint
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    source = Source(path=write_jsonl(tmp_path / "a.jsonl"), domain="web")
+    with pytest.raises(CorpusError, match="partition is 3 of 3; expected"):
+        build(source, tmp_path, partition=(3, 3))
+    with pytest.raises(CorpusError, match="Part 0 of 3 cannot train a tokenizer of 300 tokens"):
+        build(source, tmp_path, partition=(0, 3))
+    one, two = build(source, tmp_path / "1"), build(source, tmp_path / "2", tokenizer=280)
+    with pytest.raises(CorpusError, match="different tokenizers"):
+        join_corpora([one.url, two.url], tmp_path / "joined")
+    with pytest.raises(CorpusError, match="There are 1 corpora to join"):
+        join_corpora([one.url], tmp_path / "joined")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    with pytest.raises(CorpusError, match="'.*taken' is not empty"):
+        join_corpora([one.url, one.url], tmp_path / "taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rayx.cli.output import MOST_VALUES, check_folder, grid_of, say, write_text
 from rayx.cli.training import read_plan
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
 from rayx.corpus.cluster import read_clusters
+from rayx.corpus.join import join_corpora
 from rayx.errors import SpecError
 from rayx.plan import Plan
 
@@ -56,6 +58,9 @@ def build(
     remove_contaminated: Annotated[
         bool, typer.Option(help="Also remove the train documents that share one.")
     ] = False,
+    partition: Annotated[
+        str | None, typer.Option(help="0/64: only the first of 64 parts by hash, to join later.")
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Turn Parquet, JSONL or text files, or hub datasets, into a corpus.
@@ -83,9 +88,27 @@ def build(
     built = build_corpus(
         given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed,
         near_duplicates=near_duplicates, contamination_words=contamination_words,
-        remove_contaminated=remove_contaminated,
+        remove_contaminated=remove_contaminated, partition=_partition(partition),
     )  # fmt: skip
     show_corpus(built)
+
+
+def join(
+    out: Annotated[str, typer.Argument(help="Folder of the new corpus.", metavar="OUT")],
+    parts: Annotated[list[str], typer.Argument(help="Corpora to join.", metavar="PART...")],
+) -> None:
+    """Join corpora that were built in parts.
+
+    Example: `rayx corpus join data/all data/part0 data/part1`
+    """
+    show_corpus(join_corpora(parts, out))
+
+
+def _partition(value: str | None) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(\d+)/(\d+)", value or "")
+    if value and not found:
+        raise SpecError(f"--partition is {value!r}; expected PART/PARTS, such as 0/64.")
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def sample(

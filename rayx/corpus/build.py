@@ -73,6 +73,7 @@ def build_corpus(
     near_duplicates: float | None = None,
     contamination_words: int | None = None,
     remove_contaminated: bool = False,
+    partition: tuple[int, int] | None = None,
 ) -> Corpus:
     """Build a corpus, or go on with an interrupted build of it.
 
@@ -89,6 +90,9 @@ def build_corpus(
             does so for shards of more than 64 MB of text where this process is connected to Ray or
             has more than 16 cores.
         near_duplicates, contamination_words, remove_contaminated: See `rayx.corpus.clean.Cleaning`.
+        partition: (i, n), 0 <= i < n: only the documents whose hash falls to part i of n, for a
+            corpus that is too large for one build; with a given tokenizer. Copies fall to the same
+            part; documents of one id, or nearly equal, need not.
 
     Returns:
         The corpus. If `out` already holds this corpus, it is returned as it is.
@@ -98,18 +102,19 @@ def build_corpus(
             train documents or too few held-out tokens, or another build writes there.
     """
     _check_parameters(sources, tokenizer, heldout_share, min_heldout_tokens, seed)
+    _check_partition(partition, tokenizer)
     cleaning = Cleaning(near_duplicates, contamination_words, remove_contaminated)
     located = [(s, locate(s)) for s in sources]
     given = None if isinstance(tokenizer, int) else load_tokenizer(str(tokenizer))
     given_json = given.to_str() if given else None
     key = _build_key(located, given_json or str(tokenizer), heldout_share, seed,
-                     asdict(cleaning))  # fmt: skip
+                     asdict(cleaning), *([partition] if partition else []))  # fmt: skip
     if "://" in str(out):
         if folder := build_folder(str(out), key):
             build_corpus(
                 sources, folder, tokenizer=tokenizer, heldout_share=heldout_share,
                 min_heldout_tokens=min_heldout_tokens, seed=seed, parallel=parallel,
-                **asdict(cleaning),
+                **asdict(cleaning), partition=partition,
             )  # fmt: skip
             upload(folder, str(out))
         return Corpus.load(str(out))
@@ -125,7 +130,8 @@ def build_corpus(
         # text kept for evaluation first: a train document equal to one of its documents is dropped
         located.sort(key=lambda pair: not pair[0].evaluation_only)
         with progress("reading") as advance:
-            tallies, homeless = stage_sources(located, state / "text", heldout_share, seed, advance)
+            tallies, homeless = stage_sources(located, state / "text", heldout_share, seed,
+                                              advance, partition)  # fmt: skip
         _check_tallies(tallies, heldout_share)
         text = state / ("cleaned" if cleaning else "text")
         if cleaning:
@@ -175,6 +181,19 @@ def _check_parameters(
             )
     if all(source.evaluation_only for source in sources):
         raise CorpusError("All sources are evaluation_only; there is nothing to train on.")
+
+
+def _check_partition(partition: tuple[int, int] | None, tokenizer: Any) -> None:
+    if partition is None:
+        return
+    part, of = partition
+    if not 0 <= part < of:
+        raise CorpusError(f"partition is {part} of {of}; expected (i, n) with 0 <= i < n.")
+    if isinstance(tokenizer, int):
+        raise CorpusError(
+            f"Part {part} of {of} cannot train a tokenizer of {tokenizer} tokens of its own: all "
+            "parts need the same one. Build a sample first and give its tokenizer.json."
+        )
 
 
 def _build_key(located: list[tuple[Source, Location]], *parameters: Any) -> str:

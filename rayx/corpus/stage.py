@@ -106,6 +106,7 @@ def stage_sources(
     heldout_share: float,
     seed: int,
     advance: Callable[[int, int], None],
+    partition: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tally], Counter[str]]:
     """Stage every source that is not staged yet.
 
@@ -115,6 +116,8 @@ def stage_sources(
         heldout_share: Share of documents that are held out, in (0, 0.5].
         seed: Decides which documents are held out.
         advance: Called with (documents, bytes) read.
+        partition: (i, n): stage only what falls to part i of n by its hash; rows that are no
+            documents are counted in part 0.
 
     Returns:
         The tally of each domain, in order of appearance, and the skips of rows without a domain.
@@ -131,7 +134,7 @@ def stage_sources(
         if not done.exists():
             partial = folder / f"source-{index:03d}.partial"
             partial.mkdir(parents=True, exist_ok=True)
-            staging = _Staging(source, partial, seen, heldout_share, seed)
+            staging = _Staging(source, partial, seen, heldout_share, seed, partition or (0, 1))
             staging.run(location, advance)
             _check_names(domains, staging.tallies)
             facts = _to_json(staging.tallies, staging.homeless)
@@ -175,10 +178,11 @@ class _Staging:
     """One source on its way into parts: what has been counted so far."""
 
     def __init__(
-        self, source: Source, folder: Path, seen: set[bytes], share: float, seed: int
-    ) -> None:
+        self, source: Source, folder: Path, seen: set[bytes], share: float, seed: int,
+        partition: tuple[int, int],
+    ) -> None:  # fmt: skip
         self.source, self.folder, self.seen = source, folder, seen
-        self.share, self.seed = share, seed
+        self.share, self.seed, self.partition = share, seed, partition
         self.tallies: dict[str, Tally] = {}
         self.homeless: Counter[str] = Counter()
 
@@ -220,6 +224,10 @@ class _Staging:
 
     def _add(self, document: Document, parts: Parts) -> int:
         """Count a document and pass it on; return its bytes, 0 if it is not kept."""
+        part, parts_in_all = self.partition
+        digest = b"" if document.skip else document_hash(document.text)
+        if part != int.from_bytes(digest[:8], "little") % parts_in_all:
+            return 0
         if document.domain is None:
             self.homeless[document.skip or ""] += 1
             return 0
@@ -231,7 +239,7 @@ class _Staging:
         if document.skip:
             tally.skipped[document.skip] += 1
             return 0
-        text, digest = document.text, document_hash(document.text)
+        text = document.text
         if digest in self.seen:
             tally.duplicates += 1
             return 0
