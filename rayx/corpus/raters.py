@@ -186,8 +186,9 @@ class FunctionRater:
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the result; a file counts by its content, a package by its name alone."""
+        load_function(self.function)  # says what is missing
         where = self.function.rpartition(":")[0]
-        source = Path(where).read_bytes() if where.endswith(".py") else b""
+        source = Path(where).expanduser().read_bytes() if where.endswith(".py") else b""
         return {"rater": "function", **asdict(self), "source": hashlib.sha256(source).hexdigest()}
 
     def rate(self, documents: pa.Table) -> Sequence[Value]:
@@ -222,9 +223,8 @@ def _culprit(function: Callable[[list[str]], Any], texts: list[str]) -> str:
     return f" (for a batch of {len(texts)} documents, and for none of them alone)"
 
 
-@lru_cache(maxsize=64)
 def load_function(reference: str) -> Callable[[list[str]], Any]:
-    """Load `package.module:function` or `file.py:function`.
+    """Load `package.module:function` or `file.py:function`; a file that has changed, anew.
 
     Raises:
         CorpusError: There is no such module, file or function, or its import fails.
@@ -255,6 +255,11 @@ def load_function(reference: str) -> Callable[[list[str]], Any]:
 
 def _load_file(file: str) -> ModuleType:
     path = Path(file).expanduser().resolve(strict=True)
+    return _run_file(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _run_file(path: Path, mtime_ns: int) -> ModuleType:
     name = f"rayx_rater_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
