@@ -102,7 +102,7 @@ def test_nothing_crosses_and_what_goes_has_a_reason(seed: int, more: int) -> Non
                   for (_, s), ts in after.items() if s == split for t in ts]  # fmt: skip
     rng = random.Random(seed)
     for text, other in (rng.sample(everything, 2) for _ in range(100)):
-        assert similarity(text, other) < 0.75, "at 0.7 the index misses one in 5,000"
+        assert similarity(text, other) < 0.8, "at 0.7 the index misses one in 80, at 0.8 in 5,000"
     for (_, split), kept in later.items():
         other = sides[SPLITS[1 - SPLITS.index(split)]]
         assert not other & set(kept), "more documents move none across"
