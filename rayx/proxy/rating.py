@@ -154,9 +154,10 @@ class PromptRater:
             ModelError: The model cannot be read, or is no Hugging Face folder.
             SpecError: An answer is not one token, or the prompt leaves no place for a document.
         """
-        opened = _open(self.model, self.device, None)
-        if not isinstance(opened, _HuggingFace):
+        if self.model.endswith(".safetensors"):
             raise ModelError(f"{self.model}: a prompt needs a folder of a Hugging Face model.")
+        opened = _open(self.model, self.device, None)
+        assert isinstance(opened, _HuggingFace)
         before, after = (opened.marked(part) for part in self.prompt.split(PLACE))
         answers = [opened.answer(self.prompt, answer) for answer in self.answers]
         most = min(self.tokens, opened.context - len(opened.prefix) - len(before) - len(after))
