@@ -18,15 +18,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from rayx.corpus.ngrams import mix, ngram_hashes, word_hashes
 from rayx.errors import CorpusError
-
-if TYPE_CHECKING:
-    from rensa import RMinHash
 
 BIGRAM = 2
 PERMUTATIONS = 64  # the index finds, the exact check decides: more would only take memory
@@ -40,8 +37,7 @@ class NearDuplicates:
     """Says of each document which earlier one it resembles.
 
     Memory: about 1.4 KB per document that stays, however long it is (2.8 KB below a threshold of
-    .65, .7 KB above .85); its bigrams lie in `scratch`
-    (4 bytes each, less than its text).
+    .65, .7 KB above .85); its bigrams lie in `scratch`, 4 bytes each, less than its text.
 
     Args:
         threshold: Least Jaccard similarity |A and B| / |A or B| of two bags of bigrams, in (0, 1].
@@ -52,7 +48,7 @@ class NearDuplicates:
     """
 
     def __init__(self, threshold: float, scratch: Path) -> None:
-        from rensa import RMinHashLSH
+        from rensa import RMinHashLSH  # type: ignore[attr-defined]
 
         check_threshold(threshold)
         self.threshold = threshold
@@ -162,8 +158,8 @@ def _firsts(ordered: np.ndarray) -> np.ndarray:
     return first
 
 
-def _signature(bag: np.ndarray) -> RMinHash:
-    from rensa import RMinHash
+def _signature(bag: np.ndarray) -> Any:
+    from rensa import RMinHash  # type: ignore[attr-defined]
 
     signature = RMinHash(PERMUTATIONS, SEED)
     for start in range(0, len(bag), SLICE):
