@@ -15,6 +15,7 @@ from rayx.cli import (
     corpora,
     decisions,
     evaluating,
+    inference,
     labelling,
     laws,
     likelihoods,
@@ -49,8 +50,9 @@ def command_tree() -> typer.Typer:
     app.command()(training.export)
     corpus = typer.Typer(help="Build and look at corpora.", **settings)
     corpus_commands = (corpora.build, labelling.label, clustering.cluster, corpora.sample)
-    for command in (*corpus_commands, corpora.show):
+    for command in (*corpus_commands, corpora.join, corpora.show):
         corpus.command()(command)
+    corpus.command("infer-mixture")(inference.infer)
     app.add_typer(corpus, name="corpus")
     return app
 
