@@ -8,8 +8,8 @@ Held-out AUC (1 is perfect, .5 is chance) of telling real text from worse text:
   shuffled, with letters swapped in a tenth of its words, and against code and legal text; beside
   its own cross-validated AUC, which is what a user sees.
 - with --model (a folder of a Hugging Face causal language model): its perplexity, and its answer to
-  a rating prompt (--prompt FILE), on --documents documents and the same ones with words shuffled.
-  Rated are a document's first --tokens tokens.
+  a rating prompt (--prompt FILE), on --documents documents and the same ones with words shuffled
+  (and, for perplexity, with letters swapped). Rated are a document's first --tokens tokens.
 
 Each with --seeds seeds, which draw documents and shuffles; of the language model, whose ratings are
 the same each time, the first seed alone. The text is that of the sample corpus
@@ -124,31 +124,36 @@ def classifier(
 def language_model(
     folder: Path, model: str, prompt: str, documents: int, tokens: int, seed: int
 ) -> dict[str, Any]:
-    """Rate documents and their shuffles by perplexity and by a prompt."""
+    """Rate documents and what was made worse of them by perplexity and by a prompt."""
     from rayx.proxy.rating import PerplexityRater, PromptRater
 
     rng = random.Random(f"raters {seed}")
     prose = [text for _, text in read(folder, PROSE)]
     rng.shuffle(prose)
     good = prose[:documents]
-    bad = [shuffled(text, rng) for text in good]
+    worse = {
+        "shuffled": [shuffled(t, rng) for t in good],
+        "swapped": [swapped(t, rng) for t in good],
+    }
     result: dict[str, Any] = {"documents": documents, "tokens": tokens}
     raters = (
-        ("perplexity", -1, PerplexityRater("bpb", model, tokens)),
-        ("prompt", 1, PromptRater("rating", model, prompt, tokens=tokens)),
+        ("perplexity", -1, PerplexityRater("bpb", model, tokens), ("shuffled", "swapped")),
+        ("prompt", 1, PromptRater("rating", model, prompt, tokens=tokens), ("shuffled",)),
     )
-    for name, sign, rater in raters:
+    for name, sign, rater, damages in raters:
         began = time.perf_counter()
-        real, broken = ratings(rater, good), ratings(rater, bad)
+        real = ratings(rater, good)
+        result[f"{name}_real"] = statistics.mean(real)
+        for damage in damages:
+            bad = ratings(rater, worse[damage])
+            right = sum(sign * r > sign * b for r, b in zip(real, bad, strict=True))
+            result |= {
+                f"{name}_{damage}": statistics.mean(bad),
+                f"{name}_auc_{damage}": auc([sign * v for v in real], [sign * v for v in bad]),
+                f"{name}_pairs_right_{damage}": right / documents,
+            }  # fmt: skip
         seconds = time.perf_counter() - began
-        result |= {
-            f"{name}_auc": auc([sign * v for v in real], [sign * v for v in broken]),
-            f"{name}_pairs_right": sum(
-                sign * r > sign * b for r, b in zip(real, broken, strict=True)
-            ) / documents,
-            f"{name}_real": statistics.mean(real), f"{name}_shuffled": statistics.mean(broken),
-            f"{name}_documents_per_s": 2 * documents / seconds,
-        }  # fmt: skip
+        result[f"{name}_documents_per_s"] = (1 + len(damages)) * documents / seconds
     return result
 
 
@@ -185,7 +190,7 @@ def main() -> None:
         print(name)
         for key, value in facts.items():
             values = value if isinstance(value, list) else [value]
-            print(f"  {key:24}", *(f"{v:.4g}" for v in values))
+            print(f"  {key:32}", *(f"{v:.4g}" for v in values))
 
 
 if __name__ == "__main__":
