@@ -20,6 +20,7 @@ import rayx.remote
 from rayx.corpus import Corpus, Source, build_corpus, encode, rows, stage
 from rayx.corpus.documents import documents
 from rayx.corpus.join import join_corpora
+from rayx.corpus.route import route
 from rayx.corpus.source import locate
 from rayx.corpus.tokenizer import train_tokenizer
 from rayx.errors import CorpusError, UnreachableError
@@ -365,6 +366,11 @@ def test_parts_by_hash_joined_are_the_corpus_built_at_once(tmp_path: Path) -> No
             corpus.manifest["domains"][0][split].pop("sha256")
         corpus.manifest["domains"][0].pop("fingerprint")
     assert joined.manifest["domains"] == whole.manifest["domains"]
+    routed = route(source, tmp_path / "routed", 3)
+    for k, (part, expected) in enumerate(zip(routed, parts, strict=True)):
+        found = build(part, tmp_path / f"routed{k}", **options)
+        assert found.fingerprint == expected.fingerprint
+        assert skips(found) == skips(expected)
     again = join_corpora([part.url for part in parts], tmp_path / "joined")
     assert again.fingerprint == joined.fingerprint
 

@@ -175,10 +175,10 @@ def build_one(folder: Path, out: str, parallel: bool | None, moment: str | None)
             "fingerprint": corpus.fingerprint}  # fmt: skip
 
 
-def run(*call: Any) -> dict[str, Any]:
-    """Call a function of this module in a new process: its result and peak memory, MB."""
+def run(*call: Any, module: str = "corpus_scale") -> dict[str, Any]:
+    """Call a function of a module here in a new process: its result and peak memory, MB."""
     code = (
-        "import json, sys; from pathlib import Path; import corpus_scale as m; "
+        f"import json, sys; from pathlib import Path; import {module} as m; "
         "name, folder, *rest = json.loads(sys.argv[1]); "
         "print(json.dumps(getattr(m, name)(Path(folder), *rest)))"
     )

@@ -17,6 +17,7 @@ from rayx.corpus.source import Location, Source, check_columns, check_domain_nam
 from rayx.errors import CorpusError
 
 CROSSED = "."  # between the values that name a domain of several columns
+INVALID = "\ufffd"  # what invalid UTF-8 decodes to
 UNKNOWN = "unknown"  # the value of a label that a document lacks
 
 
@@ -61,7 +62,7 @@ def documents(source: Source, location: Location, start: int = 0) -> Iterator[Do
                     f"labels without {CROSSED!r}."
                 )
         text, optional = row.get(source.text_column), _optional(source, row)
-        skip = _reason_to_skip(text)
+        skip = reason_to_skip(text)
         yield Document(domain, "" if skip else str(text), optional[0], skip, *optional[1:])
 
 
@@ -84,7 +85,8 @@ def _optional(
             None if name is None else str(name))  # fmt: skip
 
 
-def _reason_to_skip(text: Any) -> str | None:
+def reason_to_skip(text: Any) -> str | None:
+    """Return why a value is no document's text, None if it is."""
     if text is None:
         return "null text"
     if isinstance(text, Unreadable):
@@ -99,4 +101,4 @@ def _reason_to_skip(text: Any) -> str | None:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
         return "invalid UTF-8"
-    return "invalid UTF-8" if "\ufffd" in text else None
+    return "invalid UTF-8" if INVALID in text else None

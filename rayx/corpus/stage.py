@@ -55,6 +55,11 @@ def document_hash(text: str) -> bytes:
     return blake2b(normal.encode(), digest_size=16).digest()
 
 
+def part_of(digest: bytes, parts: int) -> int:
+    """Return the part, in [0, parts), that a document falls to; 0 for what is none."""
+    return int.from_bytes(digest[:8], "little") % parts
+
+
 def is_heldout(key: bytes, share: float, seed: int) -> bool:
     """Whether the document or group with this key is held out: a hash compared with the share."""
     value = blake2b(key, digest_size=8, salt=seed.to_bytes(8, "little", signed=True)).digest()
@@ -226,7 +231,7 @@ class _Staging:
         """Count a document and pass it on; return its bytes, 0 if it is not kept."""
         part, parts_in_all = self.partition
         digest = b"" if document.skip else document_hash(document.text)
-        if part != int.from_bytes(digest[:8], "little") % parts_in_all:
+        if part != part_of(digest, parts_in_all):
             return 0
         if document.domain is None:
             self.homeless[document.skip or ""] += 1
