@@ -1,7 +1,7 @@
 """What does a corpus of 10 TB take: hours, machines, memory, storage and money?
 
     python experiments/bench/ten_terabytes.py --folder FOLDER [--folder ...] [--sizes 20 80 300]
-        [--terabytes 10] [--machines 64] [--cores 2] [--memory-gb 8] [--price 0.04] [--near-duplicates]
+        [--terabytes 10] [--machines 64] [--cores 2] [--memory-gb 8] [--price 0.04] [--near]
 
 Measures each stage of a build at several sizes of real text (CPU seconds, so that other work on the
 machine counts little), shows that they grow in proportion, and simulates a cluster of `machines`
@@ -61,7 +61,7 @@ def stages(folder: Path, near: bool) -> dict[str, Any]:
 
     staged("warm", (0, 10**9))  # imports
     timed("filter", lambda: staged("none", (0, 10**9)))
-    timed("route", lambda: [route(source, folder / "routed" / source.domain, PARTS)
+    timed("route", lambda: [route(source, folder / "routed" / str(source.domain), PARTS)
                             for source in sources])  # fmt: skip
     tallies, _ = timed("stage", lambda: staged("staged", None))
     documents = sum(t.documents.total() for t in tallies.values())
@@ -90,7 +90,7 @@ def stages(folder: Path, near: bool) -> dict[str, Any]:
 def measure(folders: list[str], sizes: list[float], vocabulary: int, seed: int,
             near: bool) -> dict[str, Any]:  # fmt: skip
     """Return MB/s of a core for each stage and size, and what a document and a byte take."""
-    rows = []
+    rows, tokenizer = [], None
     for megabytes in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -98,7 +98,7 @@ def measure(folders: list[str], sizes: list[float], vocabulary: int, seed: int,
             texts = corpus_scale.find_texts(folders, int(megabytes * 1e6), seed)
             facts = corpus_scale.write_sources(folder / "text", texts)
             (folder / "facts.json").write_text(json.dumps(facts))
-            if not rows:
+            if tokenizer is None:
                 sample = list(corpus_scale.read_sources(folder))[:3000]
                 tokenizer = train_tokenizer(sample, vocabulary).to_str()
             (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
@@ -207,7 +207,7 @@ def main() -> None:
     add("--folder", action="append", required=True, help="folders of real text")
     add("--sizes", type=float, nargs="+", default=[20, 80, 300], help="MB of text")
     add("--vocabulary", type=int, default=4096)
-    add("--near-duplicates", action="store_true", help="also measure their removal")
+    add("--near", action="store_true", help="also measure their removal")
     add("--terabytes", type=float, default=10)
     add("--document-bytes", type=float, help="mean of a document; measured by default")
     add("--token-bytes", type=int, default=2, help="4 above 65,536 tokens")
@@ -221,7 +221,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--json", action="store_true")
     given = parser.parse_args()
-    found = measure(given.folder, given.sizes, given.vocabulary, given.seed, given.near_duplicates)
+    found = measure(given.folder, given.sizes, given.vocabulary, given.seed, given.near)
     result = {"measured": found, "plan": plan(found, given)}
     if given.json:
         print(json.dumps(result))
