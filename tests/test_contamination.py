@@ -97,7 +97,7 @@ def test_one_word_of_5_megabytes_is_one_document() -> None:
         [0], {"documents": 1, "ngrams": 1, "shared": 1, "boilerplate": 0})  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [2, 0, -13, 101, True])
-def test_ngrams_that_tell_nothing_are_refused(words: int) -> None:
+@pytest.mark.parametrize("words", [2, 0, -13, 101, True, 13.0])
+def test_ngrams_that_tell_nothing_are_refused(words: Any) -> None:
     with pytest.raises(CorpusError, match=r"contamination_words is .*\[3, 100\].*13 is usual"):
         Contamination(words)

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_one_word_of_5_megabytes_stays(tmp_path: Path) -> None:
         assert index.too_short == 1
 
 
-@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan"), True])
-def test_a_threshold_outside_0_1_is_refused(threshold: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan"), True, "0.7"])
+def test_a_threshold_outside_0_1_is_refused(threshold: Any, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"near_duplicates is .*\(0, 1\].*0\.7"):
         NearDuplicates(threshold, tmp_path / "bigrams")

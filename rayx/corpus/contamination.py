@@ -22,6 +22,7 @@ import numpy as np
 
 from rayx.corpus.ngrams import ngram_hashes, word_hashes
 from rayx.errors import CorpusError
+from rayx.recipe import is_int
 
 BOILERPLATE = 10  # train documents
 LEAST_WORDS, MOST_WORDS = 3, 100
@@ -130,7 +131,7 @@ def check_words(words: int) -> None:
     Raises:
         CorpusError: It is one of them.
     """
-    if isinstance(words, bool) or not LEAST_WORDS <= words <= MOST_WORDS:
+    if not is_int(words) or not LEAST_WORDS <= words <= MOST_WORDS:
         raise CorpusError(
             f"contamination_words is {words}, expected a number of words in [{LEAST_WORDS}, "
             f"{MOST_WORDS}]: 13 is usual; shorter ones are in any text, longer ones in copies only."

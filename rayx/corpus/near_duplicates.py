@@ -131,7 +131,7 @@ def check_threshold(threshold: float) -> None:
     Raises:
         CorpusError: It is outside.
     """
-    if isinstance(threshold, bool) or not 0 < threshold <= 1:
+    if type(threshold) not in (int, float) or not 0 < threshold <= 1:
         raise CorpusError(
             f"near_duplicates is {threshold}, expected a Jaccard similarity in (0, 1]: 0.7 finds "
             "copies with 1 word in 20 changed, 1 only those that differ in case and punctuation."
