@@ -8,6 +8,7 @@ documents of one score always share a bucket (the one of their middle rank). A m
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -165,7 +166,7 @@ class Buckets:
     def _bucket(self, value: Any, edges: tuple[float, ...] | None) -> str:
         if edges is None or value is None or value == UNKNOWN or not math.isfinite(float(value)):
             return UNKNOWN
-        return self.labels[int(np.searchsorted(edges, float(value), side="right"))]
+        return self.labels[bisect_right(edges, float(value))]
 
 
 def _counted_scores(
