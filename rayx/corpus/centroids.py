@@ -85,19 +85,26 @@ def ward_labels(centroids_KF: np.ndarray, documents_K: np.ndarray, clusters: int
     return labels[np.cumsum(copies_K) - copies_K] - 1
 
 
-def distance_labels(centroids_KF: np.ndarray, distance: float) -> np.ndarray:
+def distance_labels(
+    centroids_KF: np.ndarray, documents_K: np.ndarray, distance: float
+) -> np.ndarray:
     """Return the cluster of each centroid after merging those within a distance, shape (K,).
 
     Args:
         centroids_KF: Unit vectors.
+        documents_K: Of each.
         distance: Euclidean, in (0, 2): clusters merge while the mean distance between their
-            centroids is below it. sqrt(2) is a right angle.
+            centroids, seen as directions from the mean of all text, is below it. sqrt(2) is a right
+            angle.
 
     Source: Diao et al. 2025, arXiv:2504.13161 (a distance of 1.5; the linkage is not stated).
+    Differs: the mean of all text is taken off first. Without that, what all text has in common
+        hides what tells it apart, and one cluster swallows the others.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    tree = linkage(centroids_KF.astype(np.float64), "average")
+    mean_F = np.average(centroids_KF, axis=0, weights=documents_K)
+    tree = linkage(unit(centroids_KF - mean_F).astype(np.float64), "average")
     return fcluster(tree, distance, "distance") - 1
 
 

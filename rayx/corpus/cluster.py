@@ -36,7 +36,6 @@ from rayx.corpus.cluster_parts import (
     assigned,
     embed_sample,
     read_text,
-    text_parts,
     write_labelled,
 )
 from rayx.corpus.corpus import Corpus
@@ -172,7 +171,7 @@ def cluster_text(
     clustering: Clustering,
     *,
     heldout_share: float = 0.05,
-    min_heldout_bytes: int = 1,
+    min_heldout_bytes: int = 0,
     taken: Sequence[str] = (),
     parallel: bool | None = None,
 ) -> dict[str, Any]:
@@ -302,10 +301,10 @@ def _cluster(
         vectors[known], _initial(clustering, vectors[known]), clustering.seed
     )
     nearest, _ = directions.assign(vectors, centroids)
-    parts, quality = text_parts(state / "text"), clustering.prune[0] if clustering.prune else None
+    quality = clustering.prune[0] if clustering.prune else None
     with progress("embedding", read["bytes"]) as advance:
-        assign_parts(parts, state / "assigned", embedder, centroids, on_ray, advance)
-    sizes = sizes_of(assigned(parts, state / "assigned", quality), len(centroids), quality)
+        assign_parts(state, embedder, centroids, on_ray, advance)
+    sizes = sizes_of(assigned(state, quality), len(centroids), quality)
     kept, pruned = prune(sizes, clustering.prune)
     groups, joined = merge(centroids, sizes, kept, clustering.clusters, clustering.merge_distance,
                            vectors, nearest, least)  # fmt: skip
@@ -315,7 +314,7 @@ def _cluster(
     names |= {k: c["name"] for c in facts["clusters"] for k in c["initial"]}
     optional = [c for c in ("group", "id", "score") if c in read["columns"]]
     columns = ["text", "source", *optional, *read["labels"], *([quality] if quality else [])]
-    write_labelled(parts, state / "assigned", out, names, columns)
+    write_labelled(state, out, names, columns)
     labels = read["labels"] + (["source"] if read["sources"] > 1 else [])
     return {
         "settings": asdict(clustering),

@@ -121,7 +121,7 @@ def merge(
         labels = (
             directions.ward_labels(mine, weights, clusters)
             if clusters
-            else directions.distance_labels(mine, distance or 0.0)
+            else directions.distance_labels(mine, weights, distance or 0.0)
         )
         groups = [[k for k, g in zip(kept, labels, strict=True) if g == group]
                   for group in range(labels.max() + 1)]  # fmt: skip

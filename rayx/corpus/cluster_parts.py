@@ -36,10 +36,21 @@ from rayx.errors import CorpusError
 log = logging.getLogger(__name__)
 
 CLUSTER, SIMILARITY = "cluster", "similarity"
-OWN = ("text", "bytes", "heldout_bytes", "source", "group", "id", "score", CLUSTER, SIMILARITY)
-READ = "read.json"
+OWN = (
+    "text",
+    "hash",
+    "bytes",
+    "heldout_bytes",
+    "source",
+    "group",
+    "id",
+    "score",
+    CLUSTER,
+    SIMILARITY,
+)
+READ, ASSIGNED = "read.json", "assigned"
 SAMPLE_BATCH = 256
-SAMPLE = "sample.parquet"
+SAMPLE, VECTORS = "sample.parquet", "sample.npy"
 Advance = Callable[[int, int], None]
 
 
@@ -76,8 +87,8 @@ def read_text(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    heap: list[tuple[int, str]] = []  # the largest hash on top
-    held: set[int] = set()
+    heap: list[tuple[int, bytes, str]] = []  # the largest hash on top
+    held: set[bytes] = set()
     skipped: Counter[str] = Counter()
     labels = sorted({c for source, _ in located for c in source.axes} - {quality_column})
     schema = _schema(labels, quality_column)
@@ -108,7 +119,7 @@ def read_text(
             quality = [_number(source, quality_column, document.labels)] if quality_column else []
             digest = document_hash(text)
             out = num_bytes if split_of(document, digest, False, *heldout) == "heldout" else 0
-            rows.append((text, num_bytes, out, document.domain, document.group, document.id,
+            rows.append((text, digest, num_bytes, out, document.domain, document.group, document.id,
                          document.score, *values, *quality))  # fmt: skip
             _offer(heap, held, sample_documents, digest, text)
             size, total, count = size + num_bytes, total + num_bytes, count + 1
@@ -119,8 +130,9 @@ def read_text(
             raise CorpusError(f"Source {source.path!r} is empty: it has no rows.")
     if rows:
         flush()
-    sample = [text for _, text in sorted(heap, reverse=True)]
-    pq.write_table(pa.table({"text": pa.array(sample, pa.large_string())}), partial / SAMPLE)
+    digests, texts = [[row[i] for row in sorted(heap, reverse=True)] for i in (1, 2)]
+    sample = {"hash": pa.array(digests, pa.binary()), "text": pa.array(texts, pa.large_string())}
+    pq.write_table(pa.table(sample), partial / SAMPLE)
     facts = {"documents": count, "bytes": total, "skipped": dict(skipped), "labels": labels,
              "columns": sorted(filled), "sources": len(names)}  # fmt: skip
     write_whole(partial / READ, json.dumps(facts))
@@ -136,7 +148,7 @@ def _schema(labels: Sequence[str], quality_column: str | None) -> pa.Schema:
             f"Column {taken[0]!r} would overwrite one of {', '.join(OWN)} of the labelled text; "
             "rename it in the source."
         )
-    fields: dict[str, Any] = {"text": pa.large_string(), "bytes": pa.int64(),
+    fields: dict[str, Any] = {"text": pa.large_string(), "hash": pa.binary(), "bytes": pa.int64(),
                               "heldout_bytes": pa.int64(), "source": pa.string(),
                               "group": pa.string(), "id": pa.string(),
                               "score": pa.float64()}  # fmt: skip
@@ -158,17 +170,17 @@ def _number(source: Source, column: str, labels: Mapping[str, str]) -> float | N
 
 
 def _offer(
-    heap: list[tuple[int, str]], held: set[int], most: int, digest: bytes, text: str
+    heap: list[tuple[int, bytes, str]], held: set[bytes], most: int, digest: bytes, text: str
 ) -> None:
-    key = -int.from_bytes(digest[:8], "big")
-    if key in held or (len(heap) == most and key <= heap[0][0]):
+    key = -int.from_bytes(digest, "big")
+    if digest in held or (len(heap) == most and key <= heap[0][0]):
         return
-    held.add(key)
-    item = (key, text[:CHARS])
+    held.add(digest)
+    item = (key, digest, text[:CHARS])
     if len(heap) < most:
         heapq.heappush(heap, item)
     else:
-        held.discard(heapq.heappushpop(heap, item)[0])
+        held.discard(heapq.heappushpop(heap, item)[1])
 
 
 def text_parts(folder: Path) -> list[Path]:
@@ -181,41 +193,34 @@ def embed_sample(state: Path, embedder: Embedder) -> tuple[list[str], np.ndarray
     sample = pq.read_table(state / "text" / SAMPLE)["text"].to_pylist()
     log.info("fitting on %d documents", len(sample))
     embedder.fit(sample)
-    kept = state / "sample.npy"
-    if not kept.exists():
+    if not (state / VECTORS).exists():
         with progress("embedding the sample") as advance:
             vectors = []
             for start in range(0, len(sample), SAMPLE_BATCH):
                 texts = sample[start : start + SAMPLE_BATCH]
                 vectors.append(embedder.embed(texts))
                 advance(len(texts), sum(map(len, texts)))
-        partial = state / "sample.partial.npy"
-        np.save(partial, np.concatenate(vectors))
-        os.replace(partial, kept)
-    return sample, np.load(kept)
+        np.save(state / f"partial.{VECTORS}", np.concatenate(vectors))
+        os.replace(state / f"partial.{VECTORS}", state / VECTORS)
+    return sample, np.load(state / VECTORS)
 
 
 def assign_parts(
-    parts: Sequence[Path],
-    folder: Path,
-    embedder: Embedder,
-    centroids_KF: np.ndarray,
-    on_ray: bool,
-    advance: Advance,
+    state: Path, embedder: Embedder, centroids_KF: np.ndarray, on_ray: bool, advance: Advance
 ) -> None:
     """Write each part's nearest centroids and cosines beside it, unless that is done.
 
     Args:
-        parts: Of the text.
-        folder: Where the files go, under the parts' names.
+        state: Folder with the parts of the text, the sample and its vectors.
         embedder: Fitted.
         centroids_KF: Unit vectors.
         on_ray: Map with Ray Data, an embedder in each actor.
         advance: Called with (documents, bytes) done.
     """
-    folder.mkdir(exist_ok=True)
-    left = [str(part) for part in parts if not (folder / part.name).exists()]
-    assigner = _Assigner(embedder, centroids_KF, folder)
+    assigner = _Assigner(embedder, centroids_KF, state)
+    (state / ASSIGNED).mkdir(exist_ok=True)
+    parts = text_parts(state / "text")
+    left = [str(part) for part in parts if not (state / ASSIGNED / part.name).exists()]
     done = _on_ray(left, assigner) if on_ray and left else (assigner.one(path) for path in left)
     for num_documents, num_bytes in done:
         advance(num_documents, num_bytes)
@@ -224,16 +229,24 @@ def assign_parts(
 class _Assigner:
     """Embeds and assigns parts; what an actor of Ray Data holds."""
 
-    def __init__(self, embedder: Embedder, centroids_KF: np.ndarray, folder: Path) -> None:
-        self.embedder, self.centroids_KF, self.folder = embedder, centroids_KF, folder
+    def __init__(self, embedder: Embedder, centroids_KF: np.ndarray, state: Path) -> None:
+        self.embedder, self.centroids_KF, self.state = embedder, centroids_KF, state
+        self.sampled = pq.read_table(state / "text" / SAMPLE, columns=["hash"])["hash"]
 
     def one(self, path: str) -> tuple[int, int]:
         """Write the file of a part; return its documents and bytes."""
-        table = pq.read_table(path, columns=["text", "bytes"])
-        vectors = self.embedder.embed(table["text"].to_pylist())
+        table = pq.read_table(path, columns=["text", "hash", "bytes"])
+        compute: Any = pc  # its stubs lack both functions
+        known = compute.index_in(table["hash"], value_set=self.sampled.combine_chunks())
+        places = known.fill_null(-1).to_numpy()
+        vectors = np.load(self.state / VECTORS, mmap_mode="r")[places]  # of others, replaced below
+        new = np.flatnonzero(places < 0)
+        if len(new):
+            vectors[new] = self.embedder.embed(table["text"].take(new).to_pylist())
         nearest, cosines = assign(vectors, self.centroids_KF)
-        _write(pa.table({CLUSTER: nearest, SIMILARITY: cosines}), self.folder / Path(path).name)
-        return table.num_rows, pc.sum(table["bytes"]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+        found = pa.table({CLUSTER: nearest, SIMILARITY: cosines})
+        _write(found, self.state / ASSIGNED / Path(path).name)
+        return table.num_rows, compute.sum(table["bytes"]).as_py()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self.one(str(path)) for path in batch["path"]]
@@ -246,22 +259,22 @@ def _on_ray(paths: list[str], assigner: _Assigner) -> Iterator[tuple[int, int]]:
 
     data = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
     most = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    made = (assigner.embedder, assigner.centroids_KF, assigner.folder)
+    made = (assigner.embedder, assigner.centroids_KF, assigner.state)
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
     data = data.map_batches(_Assigner, fn_constructor_args=made, batch_size=1, compute=actors)
     for row in data.iter_rows():
         yield row["documents"], row["bytes"]
 
 
-def assigned(parts: Sequence[Path], folder: Path, column: str | None = None) -> pa.Table:
+def assigned(state: Path, column: str | None = None) -> pa.Table:
     """Return cluster, similarity, bytes and heldout_bytes of all documents, and a column more.
 
     About 30 bytes a document.
     """
     columns = ["bytes", "heldout_bytes", *([column] if column else [])]
     tables = []
-    for part in parts:
-        table = pq.read_table(folder / part.name)
+    for part in text_parts(state / "text"):
+        table = pq.read_table(state / ASSIGNED / part.name)
         read = pq.read_table(part, columns=columns)
         for name in columns:
             table = table.append_column(name, read[name])
@@ -270,25 +283,20 @@ def assigned(parts: Sequence[Path], folder: Path, column: str | None = None) -> 
 
 
 def write_labelled(
-    parts: Sequence[Path],
-    folder: Path,
-    out: Path,
-    names: Mapping[int, str | None],
-    columns: Sequence[str],
+    state: Path, out: Path, names: Mapping[int, str | None], columns: Sequence[str]
 ) -> None:
     """Write the text with the names of its clusters.
 
     Args:
-        parts: Of the text.
-        folder: With the initial cluster of each document.
+        state: Folder with the text and the initial cluster of each document.
         out: Where the labelled parts go.
         names: Initial cluster to name; documents of one that is not here are left out, those of
             None keep a null, so that a build counts them.
         columns: Of the text, to keep.
     """
-    for part in parts:
+    for part in text_parts(state / "text"):
         table = pq.read_table(part, columns=list(columns))
-        found = pq.read_table(folder / part.name)
+        found = pq.read_table(state / ASSIGNED / part.name)
         nearest = found[CLUSTER].to_pylist()
         table = table.append_column(CLUSTER, pa.array([names.get(c) for c in nearest], pa.string()))
         table = table.append_column(SIMILARITY, found[SIMILARITY])
