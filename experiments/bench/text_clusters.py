@@ -1,6 +1,6 @@
 """Do clusters of raw text find the domains that people gave it?
 
-    python experiments/bench/clusters.py [--packages FOLDER] [--embedder tfidf] [--embedder FOLDER]
+    python experiments/bench/text_clusters.py [--packages FOLDER] [--embedder tfidf] [--embedder FOLDER]
         [--set table] [--documents 300] [--seeds 3] [--auto] [--json]
 
 Real text whose source is known is clustered by `rayx.corpus.cluster_text`, which is what `rayx
