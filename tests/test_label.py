@@ -131,6 +131,7 @@ def test_denied_licences_are_dropped_and_counted(source, tmp_path):
     assert kept.documents == 120 and kept.denied == {"licence denied: copyleft": 30}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_data_gives_the_same_bytes(source, tmp_path, ray_cluster):
     function = tmp_path / "f.py"

@@ -231,7 +231,7 @@ def test_a_score_on_an_edge_is_above_it_and_numbers_may_be_text(tmp_path):
         "low", "middle", "middle", "high", "unknown", "unknown"]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(scores=st.lists(st.integers(0, 6), min_size=2, max_size=40),
        cut=st.floats(0.05, 0.95))  # fmt: skip
 def test_ties_share_a_bucket_and_order_is_kept(tmp_path_factory, scores, cut):
