@@ -13,6 +13,7 @@ domain for each kind of file, as Parquet and as JSON lines. Then, each in a proc
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -255,3 +256,23 @@ def measure(folders: list[str], megabytes: float, vocabulary: int, seed: int,
         "killed 3 times, the same fingerprint": all(result["killed"])
         and len(set(result["fingerprints"].values())) == 1,
     }}  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print as JSON; `corpus.py --folder` prints the same as a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", action="append", required=True, help="real text")
+    parser.add_argument("--megabytes", type=float, default=300)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0, help="order of the files")
+    parser.add_argument("--ray", action="store_true", help="also with Ray Data")
+    parser.add_argument("--json", action="store_true", help="as it is anyway")
+    given = parser.parse_args()
+    print(json.dumps(measure(given.folder, given.megabytes, given.vocabulary, given.seed,
+                             given.ray)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
