@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from rayx.cli.main import command_tree
 from rayx.corpus import Corpus, Source, build_corpus, describe
 from rayx.corpus.clean import Cleaning, clean, passes
 from rayx.corpus.near_duplicates import similarity
@@ -209,6 +211,14 @@ def test_a_build_killed_while_it_cleans_or_after_gives_the_same_corpus(
     assert table["heldout_shared"] == share
     with pytest.raises(CorpusError, match="built from other sources, versions of them or param"):
         built(tmp_path, tmp_path / "out")
+    # the command line asks for the same build, and so finds it done
+    result = CliRunner().invoke(command_tree(), [
+        "corpus", "build", str(tmp_path / "out"), "--source", f"web={tmp_path / 'web.jsonl'}",
+        "--tokenizer", "400", "--heldout-share", "0.3", "--near-duplicates", "0.7",
+        "--contamination-words", "8"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search("near-duplicates +contaminated", result.output)
+    assert f"fingerprint {whole.fingerprint}" in result.output
     plain = built(tmp_path, tmp_path / "plain")
     assert plain.manifest["domains"][0]["near_duplicates"] is None
     assert np.isnan(describe(plain).loc["web", "heldout_shared"])
@@ -227,19 +237,3 @@ def test_removing_without_looking_is_refused() -> None:
     for wrong in ({"near_duplicates": 0}, {"contamination_words": 2}):
         with pytest.raises(CorpusError, match="is [02], expected"):
             build_corpus([Source(path="nowhere.jsonl", domain="a")], "out", tokenizer=400, **wrong)
-
-
-def test_the_command_line_cleans(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from rayx.cli.main import command_tree
-
-    source(tmp_path, "web", drawn(6, 120))
-    result = CliRunner().invoke(command_tree(), [
-        "corpus", "build", str(tmp_path / "out"), "--source", f"web={tmp_path}/web.jsonl",
-        "--tokenizer", "400", "--heldout-share", "0.5", "--near-duplicates", "0.7",
-        "--contamination-words", "8", "--remove-contaminated"])  # fmt: skip
-    assert result.exit_code == 0, result.output
-    domain = Corpus.load(tmp_path / "out").manifest["domains"][0]
-    assert domain["contamination"]["removed"] and domain["near_duplicates"]["train"] > 0
-    assert re.search("near-duplicates +contaminated", result.output)
