@@ -57,7 +57,7 @@ def stages(folder: Path, near: bool) -> dict[str, Any]:
         pass
 
     def staged(to: str, partition: tuple[int, int] | None) -> Any:
-        return stage.stage_sources(located, folder / to, 0.05, 0, nothing, partition)
+        return stage.stage_sources(located, folder / to, 0.3, 0, nothing, partition)
 
     staged("warm", (0, 10**9))  # imports
     timed("filter", lambda: staged("none", (0, 10**9)))

@@ -31,6 +31,7 @@ MOST_BYTES = 100_000_000  # of a document, decompressed
 RANGE_BYTES = 8_000_000  # of one request to an object store
 BATCH_BYTES = 64_000_000  # of Parquet rows at once
 BATCH_ROWS = 1024
+BUFFER_BYTES = 1 << 20
 USUAL_RATIO = 8  # text that Parquet's compression shrinks by more is repeated or a bomb
 GONE = re.compile("NOT_FOUND|NO_SUCH_KEY|404")
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what compressed files raise
@@ -126,7 +127,9 @@ def open_bytes(file: str) -> Any:
 
 
 def _open_raw(file: str) -> Any:
-    return io.BufferedReader(_Ranges(file), RANGE_BYTES) if is_object(file) else open(file, "rb")
+    if is_object(file):
+        return io.BufferedReader(_Ranges(file), RANGE_BYTES)
+    return open(file, "rb", BUFFER_BYTES)
 
 
 def _bounded(size: int, file: str, where: str = "") -> None:
