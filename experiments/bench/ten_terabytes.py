@@ -15,6 +15,7 @@ import argparse
 import heapq
 import json
 import math
+import resource
 import shutil
 import sys
 import tempfile
@@ -74,7 +75,10 @@ def stages(folder: Path, near: bool) -> dict[str, Any]:
     if near:
         both = Cleaning(near_duplicates=0.7)
         paths = folder / "staged", folder / "cleaned"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         timed("near_duplicates", lambda: clean(*paths, tallies, both, nothing))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        kept["near_duplicates_bytes_per_document"] = 1024 * grown / documents
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     text = folder / ("cleaned" if near else "staged")
     encoded = timed("encode", lambda: [
@@ -228,8 +232,11 @@ def main() -> None:
         return
     for row in found.pop("sizes"):
         rates = ", ".join(f"{k} {v:.1f}" for k, v in row["mb_per_s_core"].items())
-        print(f"{row['megabytes']:.0f} MB, {row['documents']} documents: MB/s of a core: {rates}; "
-              f"peak {row['peak_process_mb']:.0f} MB")  # fmt: skip
+        near = row.get("near_duplicates_bytes_per_document", math.nan)
+        print(
+            f"{row['megabytes']:.0f} MB, {row['documents']} documents: MB/s of a core: {rates}; "
+            f"peak {row['peak_process_mb']:.0f} MB; near-duplicates {near:.0f} bytes a document"
+        )
     for name, value in (*found.items(), *result["plan"].items()):
         if name == "ways":
             continue
