@@ -222,7 +222,7 @@ def test_build_goes_on_inside_a_source_and_a_shard(form: str, tmp_path, monkeypa
     monkeypatch.setattr(stage, "CHECKPOINT_BYTES", 2_000)
     monkeypatch.setattr(encode, "CHECKPOINT_BYTES", 1_000)
     monkeypatch.setattr(encode, "BATCH_BYTES", 500)
-    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 700)
+    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 1_500)
     read: list[str] = []
     encoded: list[int] = []
     stage_one, encode_some = stage.document_hash, encode.encode_table
@@ -299,10 +299,11 @@ def test_every_kind_of_object_gives_the_corpus_of_the_local_files(server, tmp_pa
         server.url("many/deep/*0.jsonl*"),
     ]
     server.faults(busy=0.1, cut_get=0.1)
-    for number, url in enumerate(urls):
-        corpus = build(Source(path=url, domain="web"), tmp_path / str(number))
-        assert corpus.fingerprint == expected.fingerprint, url
+    for url in urls:
+        source = Source(path=url, domain="web")
+        assert [d.text for d in documents(source, locate(source))] == TEXTS, url
         server.faults()
+    assert build(source, tmp_path).fingerprint == expected.fingerprint
 
 
 def test_object_that_is_not_there_vanishes_or_may_not_be_read_is_named(
@@ -331,7 +332,7 @@ def test_object_that_is_not_there_vanishes_or_may_not_be_read_is_named(
 
 def test_threads_and_cores_do_not_count(tmp_path: Path, monkeypatch) -> None:
     source = Source(path=write_jsonl(tmp_path / "a.jsonl"), domain="web")
-    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 500)
+    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 2_000)
     made = []
     for threads in (1, 5):
         monkeypatch.setattr(encode, "cores", lambda n=threads: n)
