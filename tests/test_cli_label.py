@@ -63,10 +63,12 @@ def test_json_is_one_object_and_nothing_else(label, tmp_path):
     (tmp_path / "prompt.txt").write_text("{text}\nfrom 1 to 5: \n")
     code, out, _ = label(
         *TABLE, "--rater", "bpb=perplexity:model", "--rater", "stars=prompt:model:prompt.txt",
-        "--tokens", 20, "--no-parallel", "--json",
+        "--rater", "kind=column:topic:law=dry", "--tokens", 20, "--no-parallel", "--json",
     )  # fmt: skip
     found = json.loads(out)
     assert code == 0 and found["documents"] == 320
+    assert {kind: n for kind, (n, _) in found["counts"]["kind"].items()} == {
+        "dry": 160, "unknown": 160}  # fmt: skip
     assert found["numbers"]["bpb"]["missing"] == 0 and 1 < found["numbers"]["stars"]["mean"] < 5
 
 
@@ -75,6 +77,7 @@ def test_json_is_one_object_and_nothing_else(label, tmp_path):
     [
         (["--rater", "q=perplexty:model"], r"kind column:COLUMN.*Did you mean 'perplexity'\?"),
         (["--rater", "q"], r"expected name=kind:what"),
+        (["--rater", "q=column:topic:law"], r"--rater has 'law'; expected value=new"),
         (["--rater", "q=prompt:model"], r"names no prompt; expected q=prompt:FOLDER:FILE"),
         (["--rater", "q=prompt:model:none.txt"], r"the prompt cannot be read"),
         (["--rater", "q=prompt:model:examples.jsonl"], r"has \{text\} 0 times"),

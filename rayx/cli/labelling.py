@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rayx.cli.options import JsonOption, SeedOption
+from rayx.cli.options import JsonOption, SeedOption, parse_pairs
 from rayx.cli.output import MOST_VALUES, grid_of, say
 from rayx.corpus import Source
 from rayx.corpus.buckets import Buckets
@@ -21,7 +21,7 @@ from rayx.corpus.raters import ColumnRater, FunctionRater, LicenceRater, Rater
 from rayx.errors import SpecError, did_you_mean
 
 KINDS = {
-    "column": "COLUMN",
+    "column": "COLUMN or COLUMN:value=new,value=new",
     "licence": "COLUMN",
     "function": "package.module:function or file.py:function",
     "classifier": "EXAMPLES or EXAMPLES:LABEL",
@@ -142,7 +142,9 @@ def _rater(value: str, tokens: int, device: str, seed: int) -> Rater:
             + f".{did_you_mean(kind, KINDS)}"
         )
     if kind == "column":
-        return ColumnRater(name, what)
+        column, _, pairs = what.partition(":")
+        mapping = parse_pairs("--rater", pairs, "value=new") if pairs else None
+        return ColumnRater(name, column, mapping)
     if kind == "licence":
         return LicenceRater(name, what)
     if kind == "function":
