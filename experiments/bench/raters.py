@@ -35,14 +35,13 @@ from rayx.corpus.raters import Rater
 
 PROSE, OTHER = ("wiki", "docs"), ("code", "legal")
 PROMPT = """<|im_start|>user
-Here is a text:
+Is the following text fluent English (5) or words in random order (1)?
 
 {text}
 
-Is this text well written? Rate its quality from 1 (word salad) to 5 (excellent). Answer with the \
-number alone.<|im_end|>
+Answer with a number from 1 to 5.<|im_end|>
 <|im_start|>assistant
-"""
+The answer is """
 FIRST_CHARACTERS = 3_000  # of a document, good or bad, so that length tells nothing
 LEAST_CHARACTERS = 400
 
