@@ -371,7 +371,7 @@ def evaluation_without_name(folder):
         (quality_of_nobody, "'quality' has no number in any document"),
         (label_that_we_write, "'cluster' would overwrite"),
         (text_folder_in_use, "holds something else .notes.txt."),
-        (too_little_held_out_text, "each needs 8,192 bytes of train and of held-out text"),
+        (too_little_held_out_text, "each needs 5,120 bytes of train and of held-out text"),
         (rule_that_is_none, "'quality>3' is not column<number"),
         (threshold_that_is_none, "--prune has 'high'"),
         (evaluation_without_name, "'exam.jsonl' is not name=path"),

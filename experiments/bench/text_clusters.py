@@ -1,7 +1,7 @@
 """Do clusters of raw text find the domains that people gave it?
 
-    python experiments/bench/text_clusters.py [--packages FOLDER] [--embedder tfidf] [--embedder FOLDER]
-        [--set table] [--documents 300] [--seeds 3] [--auto] [--json]
+    python experiments/bench/text_clusters.py [--packages FOLDER] [--embedder tfidf]
+        [--embedder FOLDER] [--set table] [--documents 300] [--seeds 3] [--auto] [--json]
 
 Real text whose source is known is clustered by `rayx.corpus.cluster_text`, which is what `rayx
 corpus cluster` runs, with as many clusters as there are sources (and, with --auto, without saying

@@ -20,7 +20,7 @@ def cluster(
         list[str], typer.Option("--source", help="path, or name=path; again for more.")
     ],
     clusters: Annotated[
-        int | None, typer.Option(help="How many domains; else as many as separate best.")
+        int | None, typer.Option(help="How many domains; else the fewest that separate well.")
     ] = None,
     embedder: Annotated[
         str, typer.Option(help="tfidf, or a sentence-transformers or ONNX folder.")

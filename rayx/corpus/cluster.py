@@ -53,7 +53,7 @@ FACTS = ".clusters.json"  # beside the labelled text; hidden, so that the folder
 STATE = ".cluster"
 INITIAL, INITIAL_EACH = 64, 4  # clusters before merging, at least, and for each that is asked for
 DOCUMENTS_EACH = 8  # sampled documents for each initial cluster, at least
-BYTES_PER_TOKEN = 8  # more than of any text, so that a held-out set has tokens enough
+BYTES_PER_TOKEN = 5  # more than most text has, so that a held-out set has tokens enough
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,8 @@ class Clustering:
     """How text is clustered.
 
     Args:
-        clusters: How many domains, >= 2. None: as `merge_distance` says, else as many as give the
-            best silhouette, from 2 to 32.
+        clusters: How many domains, >= 2. None: as `merge_distance` says, else the fewest of good
+            silhouette, from 2 to 32; see `rayx.corpus.centroids.best_number`.
         init_clusters: How many k-means finds before pruning and merging, >= 2. None: 64, or 4 times
             `clusters` where that is more, and fewer for a sample of less than 8 documents for each.
         merge_distance: Merge clusters nearer than this, instead of down to a number; see

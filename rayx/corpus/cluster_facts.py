@@ -117,7 +117,7 @@ def merge(
             some = np.isin(nearest_N, kept)
             places = np.searchsorted(kept, nearest_N[some])
             clusters = directions.best_number(vectors_NF[some], places, mine, weights)
-            log.info("%d clusters have the best silhouette", clusters)
+            log.info("%d clusters are the fewest of good silhouette", clusters)
         labels = (
             directions.ward_labels(mine, weights, clusters)
             if clusters
@@ -134,8 +134,9 @@ def merge(
         groups[into] = groups[into] + groups[small]
     groups = [sorted(g) for i, g in enumerate(groups) if i not in joined]
     if joined:
-        log.warning("%d clusters joined their nearest: less than %d bytes of train or held-out "
-                    "text", len(joined), least)  # fmt: skip
+        log.warning("%d clusters joined their nearest, having less than %d bytes of train or "
+                    "held-out text; a larger heldout_share keeps more of them", len(joined),
+                    least)  # fmt: skip
     if len(groups) < 2:
         raise CorpusError(
             f"Only one cluster is left of {len(kept)}: each needs {least:,} bytes of train and of "

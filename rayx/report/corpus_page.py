@@ -198,7 +198,7 @@ def _clusters(clusters: dict[str, Any]) -> Html:
 def _how(clusters: dict[str, Any]) -> Html:
     settings = clusters["settings"]
     skipped = ", ".join(f"{n:,} {why}" for why, n in clusters["skipped"].items()) or "none"
-    asked = settings["clusters"] or "as many as have the best silhouette"
+    asked = settings["clusters"] or "the fewest of good silhouette"
     if settings["merge_distance"] is not None:
         asked = f"those that stay farther apart than {settings['merge_distance']:g}"
     rows = [
