@@ -105,8 +105,8 @@ class Buckets:
         return cls(name=name.strip(), column=column.strip(), labels=labels, shares=shares,
                    edges=edges, within=within.strip() or None)  # fmt: skip
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Refuse columns that are not there, and a name that is taken.
+    def check(self, columns: Sequence[str], taken: Sequence[str] = ()) -> None:
+        """Refuse columns that are not there, and a name that is one of them or of `taken`.
 
         Raises:
             CorpusError: So it is.
@@ -117,7 +117,7 @@ class Buckets:
                     f"Buckets {self.name!r} need column {column!r}; columns are "
                     f"{', '.join(columns)}.{did_you_mean(column, columns)}"
                 )
-        if self.name in columns:
+        if self.name in (*columns, *taken):
             raise CorpusError(f"Buckets {self.name!r} would overwrite a column of that name.")
 
     def find_edges(self, parts: Sequence[str], spill: Path) -> Edges:

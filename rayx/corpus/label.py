@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -114,7 +115,7 @@ def label_corpus(
     check_names(raters, schema.names)
     columns = [*schema.names, *(rater.name for rater in raters)]
     for number, bucket in enumerate(buckets):
-        bucket.check([*columns, *(earlier.name for earlier in buckets[:number])])
+        bucket.check(columns, [earlier.name for earlier in buckets[:number]])
     facts = {
         "raters": [rater.facts for rater in raters], "buckets": [asdict(b) for b in buckets],
         "licences": None if licences is None else asdict(licences), "licence": licence_column,
@@ -129,6 +130,8 @@ def label_corpus(
         raise CorpusError(f"Another labelling is writing to {str(out)!r}; wait for it.") from None
     with lock:
         if (done := _finished(out, key)) is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            lock_file.unlink()
             return done
         _begin(work, key, str(out))
         _try_out(located, schema, raters)
@@ -136,8 +139,7 @@ def label_corpus(
         with progress("reading") as advance:
             read = _stage(located, schema, work, keep, advance)
         parts = [str(p) for p in sorted((work / "text").glob("part-*.parquet"))]
-        most = min((getattr(r, "parallel_bytes", RAY_BYTES) for r in raters), default=RAY_BYTES)
-        on_ray = read["bytes"] > most if parallel is None else parallel
+        on_ray = read["bytes"] > _parallel_bytes(raters) if parallel is None else parallel
         with progress("rating", read["bytes"]) as advance:
             rate_parts(parts, work / "rated", raters, on_ray, advance)
         found = _write(parts, work, raters, buckets)
@@ -148,6 +150,12 @@ def label_corpus(
         shutil.rmtree(work)
         lock_file.unlink()
     return labelled
+
+
+def _parallel_bytes(raters: Sequence[Rater]) -> float:
+    """Return above how much text Ray is worth its start; infinite if a rater wants one process."""
+    asked = [float(getattr(rater, "parallel_bytes", RAY_BYTES)) for rater in raters]
+    return math.inf if math.inf in asked else min([RAY_BYTES, *asked])
 
 
 def _key(located: list[tuple[Source, Location]], facts: dict[str, Any]) -> str:
