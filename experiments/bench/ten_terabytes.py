@@ -175,7 +175,8 @@ def plan(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     encode = total / (rates["encode"] * given.cores)  # seconds on one machine
     ways = {"one build": (1, total / rates["stage"] + encode)}
-    for n in sorted({needed, given.machines, 4 * given.machines}):
+    for times in (1, 4):  # parts a machine: with more, a slow one holds the rest up less
+        n = max(needed, times * given.machines)
         # each part passes over all text, and stages and encodes its own
         each = total / rates["filter"] + total / n / rates["stage"] + encode / n
         ways[f"{n} parts by hash"] = (n, each)
@@ -183,18 +184,18 @@ def plan(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
         ways[f"{n} parts by file"] = (n, each)
         ways[f"{n} parts routed"] = (n, each + total / n / given.cores / rates["route"])
     for name, (n, each) in ways.items():
-        runs = []
+        runs, machines = [], min(n, given.machines)
         for seed in range(given.simulations):
             rng = np.random.default_rng(seed)
             again = CHECKPOINT_MB / rates["encode"] / given.cores + 30
-            seconds, lost = simulate([each] * n, n, given.losses, 300.0, again, rng)
+            seconds, lost = simulate([each] * n, machines, given.losses, 300.0, again, rng)
             runs.append((seconds / 3600, lost))
         hours = sorted(h for h, _ in runs)
         result["ways"][name] = {
             "hours": hours[len(hours) // 2], "hours_p95": hours[int(0.95 * (len(hours) - 1))],
-            "hours_without_trouble": each / 3600,
+            "hours_without_trouble": each * math.ceil(n / machines) / 3600,
             "machines_lost": float(np.mean([lost for _, lost in runs])),
-            "price": hours[len(hours) // 2] * n * given.cores * given.price,
+            "price": hours[len(hours) // 2] * machines * given.cores * given.price,
             "memory_gb_a_machine": memory / n + 0.5 * given.cores,
             "shuffled_tb": given.terabytes if "routed" in name else 0,
             "read_tb": given.terabytes * (n if "hash" in name else 2 if "routed" in name else 1),

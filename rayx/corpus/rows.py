@@ -190,12 +190,9 @@ def _parquet_rows(source: Source, file: str, start: int) -> Generator[dict[str, 
                 batch_rows, shared = _at_once(meta, source.text_column, file)
                 part = whole if not shared else pq.ParquetFile(raw, read_dictionary=shared)
                 for batch in part.iter_batches(batch_rows, [group], columns):
+                    _check_sizes(batch.column(source.text_column), file, done)
                     passed, start = min(start, batch.num_rows), max(0, start - batch.num_rows)
-                    for number, row in enumerate(_batch_rows(batch.slice(passed), source), passed):
-                        text = row[source.text_column]
-                        if isinstance(text, str) and len(text) > MOST_BYTES // 4:
-                            _bounded(len(text.encode()), file, f", row {done + number + 1}")
-                        yield row
+                    yield from _batch_rows(batch.slice(passed))
                     done += batch.num_rows
     except pa.ArrowException as error:
         raise CorpusError(f"Source file {file!r} cannot be read: {error}") from error
@@ -223,7 +220,23 @@ def _at_once(meta: Any, column: str, file: str) -> tuple[int, list[str]]:
     return min(BATCH_ROWS, max(1, at_once)), shared
 
 
-def _batch_rows(batch: Any, source: Source) -> Iterator[dict[str, Any]]:
+def _check_sizes(column: Any, file: str, rows_before: int) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shared = isinstance(column, pa.DictionaryArray)
+    values = column.dictionary if shared else column
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return
+    sizes = pc.binary_length(values)  # type: ignore[attr-defined]
+    longest = pc.max(sizes).as_py()  # type: ignore[attr-defined]
+    if longest is not None and longest > MOST_BYTES:
+        place = pc.index(sizes, longest).as_py()
+        row = pc.index(column.indices, place).as_py() if shared else place  # -1: in a later batch
+        _bounded(longest, file, f", row {rows_before + row + 1}" if row >= 0 else "")
+
+
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
     """Yield rows one by one: a value that many rows share is never there as often."""
     columns = {name: batch.column(name) for name in batch.schema.names}
     for k in range(batch.num_rows):
