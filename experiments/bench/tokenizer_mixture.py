@@ -190,7 +190,7 @@ def main() -> None:
         }
         for name, share_NK in answers.items()
     }
-    inside = [low <= share <= high for r, row in zip(found, truth, strict=True)
+    inside = [low <= share <= high for r, row in zip(found, truth, strict=True) if r.intervals
               for (low, high), share in zip(r.intervals.values(), row, strict=True)]  # fmt: skip
     coverage = float(np.mean(inside)) if inside else None
     if arguments.json:

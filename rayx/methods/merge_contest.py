@@ -107,39 +107,46 @@ def least_violated(
 
     Args:
         contest: The rates.
-        start_K: Shares to begin with.
-        gap: Stop when the best sum is within this share of the bound.
+        start_K: Shares to begin with, if no matching is known.
+        gap: Stop when the best sum is this near to its bound, over the sum of the merges' rates
+            (mean of categories).
         known: Matchings of this or a similar contest, whose constraints are there from the first.
         most: Pairs that compete at a merge, the most frequent ones; None for all.
 
     Raises:
         FitError: HiGHS fails.
     """
-    K = len(start_K)
     scale = float(contest.own_TK.sum(axis=0).mean())
     cuts = [contest.excess(matching) / scale for matching in known]
     met: list[Edges] = []
-    share_K, best_K, best = start_K, start_K, np.inf
+    share_K = _lowest(cuts)[0] if cuts else start_K
+    best_K, best = share_K, np.inf
     for number in range(1, MOST_ROUNDS + 1):
         met.append(heaviest_matching(*contest.edges(share_K, most)))
         cuts.append(contest.excess(met[-1]) / scale)
         if (value := float(cuts[-1] @ share_K)) < best:
             best, best_K = value, share_K
-        solved = linprog(
-            np.append(np.zeros(K), 1.0),
-            A_ub=np.hstack([np.array(cuts), np.full((len(cuts), 1), -1.0)]),
-            b_ub=np.zeros(len(cuts)), A_eq=np.append(np.ones(K), 0.0)[None], b_eq=[1.0],
-            method="highs-ds",
-        )  # fmt: skip
-        if solved.x is None:
-            raise FitError(f"HiGHS did not solve the linear program: {solved.message}")
-        if best - solved.x[K] <= gap * best + 1e-9:
+        lowest_K, bound = _lowest(cuts)
+        if best - bound <= gap:
             break
-        lowest_K = np.maximum(solved.x[:K], 0)
-        lowest_K /= lowest_K.sum()
         # every other step halfway, since the lowest points of few constraints swing about
         share_K = lowest_K if number % 2 else (best_K + lowest_K) / 2
     return best_K, best * scale, met
+
+
+def _lowest(cuts: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+    """Return the shares under which the highest of the cuts' products with them is lowest."""
+    K = len(cuts[0])
+    solved = linprog(
+        np.append(np.zeros(K), 1.0),
+        A_ub=np.hstack([np.array(cuts), np.full((len(cuts), 1), -1.0)]),
+        b_ub=np.zeros(len(cuts)), A_eq=np.append(np.ones(K), 0.0)[None], b_eq=[1.0],
+        method="highs-ds",
+    )  # fmt: skip
+    if solved.x is None:
+        raise FitError(f"HiGHS did not solve the linear program: {solved.message}")
+    lowest_K = np.maximum(solved.x[:K], 0)
+    return lowest_K / lowest_K.sum(), float(solved.x[K])
 
 
 def heaviest_matching(edges: Edges, excess_E: np.ndarray) -> Edges:

@@ -31,8 +31,8 @@ from rayx.errors import FitError
 from rayx.methods.merge_contest import Contest, least_violated
 from rayx.spec import require
 
-GAP = 5e-4  # of the objective, between the best shares and the bound from below
-BOOTSTRAP_GAP = 5e-3
+GAP = 2e-5  # between the best sum of slacks and its bound, over the sum of the merges' rates
+BOOTSTRAP_GAP = 1e-4
 RIVALS = 64  # pairs that compete at a merge, the most frequent ones
 MOST_KNOWN = 150  # matchings that a replicate begins with
 KEPT = 0.2  # of the rate of the last merges: pairs that never reach it cannot compete
