@@ -120,12 +120,15 @@ def least_violated(
     cuts = [contest.excess(matching) / scale for matching in known]
     met: list[Edges] = []
     share_K = _lowest(cuts)[0] if cuts else start_K
+    seen: list[np.ndarray] = []
     best_K, best = share_K, np.inf
     for number in range(1, MOST_ROUNDS + 1):
         met.append(heaviest_matching(*contest.edges(share_K, most)))
         cuts.append(contest.excess(met[-1]) / scale)
-        if (value := float(cuts[-1] @ share_K)) < best:
-            best, best_K = value, share_K
+        seen.append(share_K)
+        # all constraints so far, since with few rivals another's matching may be heavier there
+        sums = (np.array(cuts) @ np.array(seen).T).max(axis=0)
+        best_K, best = seen[int(sums.argmin())], float(sums.min())
         lowest_K, bound = _lowest(cuts)
         if best - bound <= gap:
             break
