@@ -283,7 +283,7 @@ def by_score(parts: list[str], folder: Path) -> list[str]:
     written: list[str] = []
     with duckdb.connect(config=settings) as connection:
         connection.register("rows", dataset(parts))
-        for batch in connection.sql(query).to_arrow_reader(10_000):
+        for batch in connection.sql(query).to_arrow_reader(1_000):
             written.append(str(folder / f"{len(written):05d}.parquet"))
             pq.write_table(pa.Table.from_batches([batch]), written[-1], compression="zstd")
     return written
