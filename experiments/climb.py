@@ -27,7 +27,7 @@ from pathlib import Path
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
 from rayx.choose import Constraints, choose
 from rayx.corpus import Source, build_corpus, extract_sample
-from rayx.corpus.cluster import Clustering, cluster_corpus
+from rayx.corpus.clusters.cluster import Clustering, cluster_corpus
 from rayx.errors import SpecError
 from rayx.experiment import Conclusion
 from rayx.fit import FittedTable, fit_table

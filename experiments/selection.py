@@ -23,8 +23,8 @@ import pandas as pd
 
 from rayx import Corpus, Evaluation, Mixture, ModelShape, Optimizer, Schedule, Store, TrainSpec
 from rayx.corpus import Source, build_corpus, extract_sample
-from rayx.corpus.classifier import train_classifier
-from rayx.corpus.label import label_corpus
+from rayx.corpus.labels.classifier import train_classifier
+from rayx.corpus.labels.label import label_corpus
 from rayx.corpus.manifest import MANIFEST
 from rayx.corpus.sample import HELDOUT_SHARE
 from rayx.corpus.stage import is_heldout

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from rayx.cli.main import command_tree
 from rayx.corpus import Corpus, Source, build_corpus, describe
-from rayx.corpus.clean import Cleaning, clean, passes
-from rayx.corpus.near_duplicates import similarity
+from rayx.corpus.cleaning.clean import Cleaning, clean, passes
+from rayx.corpus.cleaning.near_duplicates import similarity
 from rayx.corpus.source import locate
 from rayx.corpus.stage import SPLITS, Tally, stage_sources
 from rayx.errors import CorpusError
@@ -168,7 +168,8 @@ def test_counting_contamination_removes_nothing(tmp_path: Path) -> None:
 
 BUILD = """
 import glob, os, signal, sys
-from rayx.corpus import Source, build_corpus, clean
+from rayx.corpus import Source, build_corpus
+from rayx.corpus.cleaning import clean
 when, folder, out = sys.argv[1:]
 before = getattr(clean, when)
 def die(*given):

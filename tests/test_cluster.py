@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayx.cli.clustering import cluster as cluster_command
-from rayx.corpus import Corpus, Source, cluster, cluster_parts
-from rayx.corpus.centroids import assign, distance_labels, join_small, unit, ward_labels
-from rayx.corpus.cluster import Clustering, cluster_corpus, cluster_text, read_clusters
-from rayx.corpus.cluster_names import names_of, telling_terms
+from rayx.corpus import Corpus, Source
+from rayx.corpus.clusters import cluster
+from rayx.corpus.clusters import parts as cluster_parts
+from rayx.corpus.clusters.centroids import assign, distance_labels, join_small, unit, ward_labels
+from rayx.corpus.clusters.cluster import Clustering, cluster_corpus, cluster_text, read_clusters
+from rayx.corpus.clusters.names import names_of, telling_terms
 from rayx.corpus.source import check_domain_name
 from rayx.errors import CorpusError, SpecError
 from tests.conftest import WORDS, sentences

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayx.corpus import contamination
-from rayx.corpus.contamination import BOILERPLATE, Contamination
+from rayx.corpus.cleaning import contamination
+from rayx.corpus.cleaning.contamination import BOILERPLATE, Contamination
 from rayx.errors import CorpusError
 
 SENTENCE = "The quick brown fox, it is said, jumps over the lazy dog on every second Sunday."

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rayx.cli.main import command_tree
-from rayx.corpus.cluster import CLUSTERS
+from rayx.corpus.clusters.cluster import CLUSTERS
 from rayx.report.corpus_page import _apart, corpus_page
 
 ENTRY = {"terms": ["shall", "party"], "documents": 200, "bytes": 150_000, "similarity": 0.91,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rayx.corpus import embed
-from rayx.corpus.embed import OnnxEmbedder, SentenceEmbedder, TfidfEmbedder, open_embedder
+from rayx.corpus.clusters import embed
+from rayx.corpus.clusters.embed import OnnxEmbedder, SentenceEmbedder, TfidfEmbedder, open_embedder
 from rayx.errors import CorpusError
 from tests.conftest import sentences
 

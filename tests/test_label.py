@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayx.corpus import Source, build_corpus, label
-from rayx.corpus.buckets import Buckets
+from rayx.corpus import Source, build_corpus
 from rayx.corpus.documents import documents
-from rayx.corpus.label import label_corpus
-from rayx.corpus.licences import Licences
-from rayx.corpus.raters import ColumnRater, FunctionRater
+from rayx.corpus.labels import label
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.label import label_corpus
+from rayx.corpus.labels.licences import Licences
+from rayx.corpus.labels.raters import ColumnRater, FunctionRater
 from rayx.corpus.source import locate
 from rayx.errors import CorpusError
 from tests.conftest import sentences
@@ -234,9 +235,10 @@ def test_numbers_here_and_texts_there_are_refused(source, tmp_path):
 
 SCRIPT = """
 import sys, time
-from rayx.corpus import Source, label
-from rayx.corpus.buckets import Buckets
-from rayx.corpus.raters import FunctionRater
+from rayx.corpus import Source
+from rayx.corpus.labels import label
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.raters import FunctionRater
 label.PART_DOCUMENTS = 20
 source = Source(path=sys.argv[1], domain_column="topic", label_columns=("language",))
 label.label_corpus([source], sys.argv[2], [FunctionRater("size", sys.argv[3] + ":size")],

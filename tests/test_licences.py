@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayx.corpus.licences import TIERS, UNKNOWN, Licences, tier_of
+from rayx.corpus.labels.licences import TIERS, UNKNOWN, Licences, tier_of
 from rayx.errors import CorpusError
 
 WRITTEN = {

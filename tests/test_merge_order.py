@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from rayx.corpus.merge_files import byte_characters, read_merge_order
-from rayx.corpus.merge_order import MergeOrder, word_counts
+from rayx.corpus.merges.files import byte_characters, read_merge_order
+from rayx.corpus.merges.order import MergeOrder, word_counts
 from rayx.corpus.tokenizer import train_tokenizer
 from rayx.errors import CorpusError
 

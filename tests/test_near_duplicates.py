@@ -12,8 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayx.corpus.near_duplicates import FOUND, PERMUTATIONS, NearDuplicates, num_bands, similarity
-from rayx.corpus.ngrams import word_hashes
+from rayx.corpus.cleaning.near_duplicates import (
+    FOUND,
+    PERMUTATIONS,
+    NearDuplicates,
+    num_bands,
+    similarity,
+)
+from rayx.corpus.cleaning.ngrams import word_hashes
 from rayx.errors import CorpusError
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "rk", "st")]

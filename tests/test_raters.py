@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayx.corpus.buckets import Buckets
-from rayx.corpus.classifier import train_classifier
-from rayx.corpus.raters import (
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.classifier import train_classifier
+from rayx.corpus.labels.raters import (
     ColumnRater,
     FunctionRater,
     LicenceRater,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from rayx.corpus.raters import rated
+from rayx.corpus.labels.raters import rated
 from rayx.corpus.tokenizer import EOS, plain
 from rayx.errors import ModelError, SpecError
 from rayx.proxy.model import Rotary, initial_parameters, token_losses

@@ -36,14 +36,14 @@ def test_the_synthetic_example_prints_what_readme_shows():
 
 def test_every_command_is_in_readme_and_every_command_in_readme_exists():
     names = {" ".join(n) for n in commands(typer.main.get_command(command_tree()))}
-    used = set(re.findall(r"(?<![\w/])rayx ((?:corpus )?[a-z]+)", "\n".join(fenced(""))))
+    used = set(re.findall(r"(?<![\w/])rayx ((?:corpus )?[a-z-]+)", "\n".join(fenced(""))))
     assert names == used
 
 
 def test_options_in_readme_exist():
     group = typer.main.get_command(command_tree())
     for line in "\n".join(fenced("")).replace("\\\n", " ").splitlines():
-        found = re.search(r"(?<![\w/])rayx ((?:corpus )?[a-z]+)(.*)", line.split("#")[0])
+        found = re.search(r"(?<![\w/])rayx ((?:corpus )?[a-z-]+)(.*)", line.split("#")[0])
         if not found:
             continue
         command = group

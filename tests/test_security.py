@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import rayx
 from rayx import Corpus, Mixture, Schedule
 from rayx.choose import Choice
-from rayx.corpus import Source, build_corpus, documents
+from rayx.corpus import Source, build_corpus
 from rayx.errors import CorpusError, FitError, ModelError, RayxError, SpecError, StoreError
 from rayx.fit import Table
 from rayx.fit.laws.table import LawTable

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from rayx.cli.main import command_tree, main
 from rayx.corpus import Source
-from rayx.corpus.merge_files import read_merge_order
-from rayx.corpus.merge_order import MergeOrder, numbered, word_counts
-from rayx.corpus.pair_counts import PairHistory
+from rayx.corpus.merges.files import read_merge_order
+from rayx.corpus.merges.order import MergeOrder, numbered, word_counts
+from rayx.corpus.merges.pair_counts import PairHistory
+from rayx.corpus.merges.word_sample import read_samples
 from rayx.corpus.tokenizer import train_tokenizer
-from rayx.corpus.word_sample import read_samples
 from rayx.errors import CorpusError, FitError, RayxError, SpecError
 from rayx.methods import tokenizer_mixture
 from rayx.methods.merge_contest import Contest, least_violated
@@ -263,7 +263,7 @@ def test_rare_words_are_left_out_when_there_are_too_many(
     tokenizer: tuple[Path, dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rayx.corpus.word_sample.MOST_SYMBOLS", 3_000)
+    monkeypatch.setattr("rayx.corpus.merges.word_sample.MOST_SYMBOLS", 3_000)
     found = infer_mixture(tokenizer[0], list(samples.values()), MERGES, bootstrap=0)
     assert re.search(r"word types, the rarest, are left out \([\d.]+% of", found.warnings[0])
     for name, share in tokenizer[1].items():

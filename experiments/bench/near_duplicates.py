@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 
 from rayx.corpus import extract_sample
-from rayx.corpus.contamination import Contamination
-from rayx.corpus.near_duplicates import NearDuplicates
+from rayx.corpus.cleaning.contamination import Contamination
+from rayx.corpus.cleaning.near_duplicates import NearDuplicates
 
 SIZES = {"code": 6_000_000, "legal": 6_000_000, "speeches": 5_000_000, "medicine": 3_000_000,
          "docs": 2_000_000}  # fmt: skip

@@ -30,8 +30,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayx.corpus.classifier import train_classifier
-from rayx.corpus.raters import Rater
+from rayx.corpus.labels.classifier import train_classifier
+from rayx.corpus.labels.raters import Rater
 
 PROSE, OTHER = ("wiki", "docs"), ("code", "legal")
 PROMPT = """<|im_start|>user

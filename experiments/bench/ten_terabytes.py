@@ -28,7 +28,7 @@ import corpus_scale
 import numpy as np
 
 from rayx.corpus import Source, stage
-from rayx.corpus.clean import Cleaning, clean
+from rayx.corpus.cleaning.clean import Cleaning, clean
 from rayx.corpus.encode import encode_shard
 from rayx.corpus.parts import staged_parts
 from rayx.corpus.route import route

@@ -37,7 +37,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from rayx.corpus import Source, extract_sample
-from rayx.corpus.cluster import Clustering, cluster_text
+from rayx.corpus.clusters.cluster import Clustering, cluster_text
 
 PIECE_CHARS = 6_000
 FEWEST_CHARS = 100

@@ -27,9 +27,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rayx.corpus import Source, extract_sample, sample
-from rayx.corpus.merge_files import read_merge_order
+from rayx.corpus.merges.files import read_merge_order
+from rayx.corpus.merges.word_sample import WordSample, read_samples
 from rayx.corpus.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
-from rayx.corpus.word_sample import WordSample, read_samples
 from rayx.methods.tokenizer_mixture import TokenizerMixture, mixture_of
 
 CATEGORIES: tuple[str, ...] = ("code", "legal", "speeches", "medicine", "docs")

@@ -10,7 +10,7 @@ from rayx.cli.corpora import show_corpus
 from rayx.cli.options import SeedOption, number_of
 from rayx.cli.output import say
 from rayx.corpus import Source
-from rayx.corpus.cluster import Clustering, cluster_corpus, read_clusters
+from rayx.corpus.clusters.cluster import Clustering, cluster_corpus, read_clusters
 from rayx.errors import SpecError
 
 

@@ -12,7 +12,7 @@ from rayx.cli.options import SeedOption
 from rayx.cli.output import MOST_VALUES, check_folder, grid_of, say, write_text
 from rayx.cli.training import read_plan
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
-from rayx.corpus.cluster import read_clusters
+from rayx.corpus.clusters.cluster import read_clusters
 from rayx.corpus.join import join_corpora
 from rayx.errors import SpecError
 from rayx.plan import Plan

@@ -13,11 +13,11 @@ from rich.console import Console
 from rayx.cli.options import JsonOption, SeedOption, parse_pairs
 from rayx.cli.output import MOST_VALUES, grid_of, say
 from rayx.corpus import Source
-from rayx.corpus.buckets import Buckets
-from rayx.corpus.classifier import train_classifier
-from rayx.corpus.label import Labelled, label_corpus
-from rayx.corpus.licences import Licences
-from rayx.corpus.raters import ColumnRater, FunctionRater, LicenceRater, Rater
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.classifier import train_classifier
+from rayx.corpus.labels.label import Labelled, label_corpus
+from rayx.corpus.labels.licences import Licences
+from rayx.corpus.labels.raters import ColumnRater, FunctionRater, LicenceRater, Rater
 from rayx.errors import SpecError, did_you_mean
 
 KINDS = {

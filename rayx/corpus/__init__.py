@@ -5,11 +5,11 @@ tabulates it, `build_sample` makes a small real one from installed packages, `la
 columns to documents.
 """
 
-from rayx.corpus.buckets import Buckets
 from rayx.corpus.build import build_corpus
 from rayx.corpus.corpus import Corpus
-from rayx.corpus.label import label_corpus
-from rayx.corpus.licences import Licences
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.label import label_corpus
+from rayx.corpus.labels.licences import Licences
 from rayx.corpus.sample import build_sample, extract_sample
 from rayx.corpus.show import describe
 from rayx.corpus.source import Source

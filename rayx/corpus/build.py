@@ -29,7 +29,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from rayx.corpus.clean import Cleaning, clean, passes
+from rayx.corpus.cleaning.clean import Cleaning, clean, passes
 from rayx.corpus.corpus import Corpus
 from rayx.corpus.documents import documents
 from rayx.corpus.encode import MOST_THREADS, cores, encode_shard
@@ -89,7 +89,8 @@ def build_corpus(
         parallel: Tokenise on Ray Data instead of threads of this process, on all its cores. None
             does so for shards of more than 64 MB of text where this process is connected to Ray or
             has more than 16 cores.
-        near_duplicates, contamination_words, remove_contaminated: See `rayx.corpus.clean.Cleaning`.
+        near_duplicates, contamination_words, remove_contaminated: See
+            `rayx.corpus.cleaning.clean.Cleaning`.
         partition: (i, n), 0 <= i < n: only the documents whose hash falls to part i of n, for a
             corpus that is too large for one build; with a given tokenizer. Copies fall to the same
             part; documents of one id, or nearly equal, need not.

@@ -16,8 +16,8 @@ def heldout_error_bpb(corpus: Corpus, target: str) -> float:
 
     Of a model that knows the target's token frequencies and no more, over documents d with n_d
     nats and t_d tokens: R = sum n / sum t, error = sqrt(D / (D - 1) sum (n_d - R t_d)^2) / sum t,
-    turned to bits per byte. Trained proxies' losses spread 1.2 to 1.8 times as much over sequences of
-    the sample corpus. Noise of training comes on top.
+    turned to bits per byte. Trained proxies' losses spread 1.2 to 1.8 times as much over sequences
+    of the sample corpus. Noise of training comes on top.
 
     Returns:
         The error; nan of a single document. Beyond MOST_TOKENS the rest is taken to be alike.

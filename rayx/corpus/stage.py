@@ -78,7 +78,7 @@ class Tally:
     labels: dict[str, Counter[str]] = field(default_factory=dict)  # column -> value -> train bytes
     ordered_by: str | None = None  # column that the training text is sorted by
     near_duplicates: dict[str, int] | None = None  # removed, by split, and too short to tell
-    contamination: dict[str, Any] | None = None  # see `rayx.corpus.clean`
+    contamination: dict[str, Any] | None = None  # see `rayx.corpus.cleaning.clean`
 
     def count(self, labels: Mapping[str, str], num_bytes: int) -> None:
         """Count a train document's labels."""

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from rayx.corpus.pair_counts import PairHistory
+from rayx.corpus.merges.pair_counts import PairHistory
 from rayx.errors import FitError
 
 MOST_ROUNDS = 500

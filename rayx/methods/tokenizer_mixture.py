@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rayx.corpus.merge_files import read_merge_order
-from rayx.corpus.merge_order import MergeOrder
-from rayx.corpus.pair_counts import PairHistory
+from rayx.corpus.merges.files import read_merge_order
+from rayx.corpus.merges.order import MergeOrder
+from rayx.corpus.merges.pair_counts import PairHistory
+from rayx.corpus.merges.word_sample import WordSample, read_samples
 from rayx.corpus.source import Source
-from rayx.corpus.word_sample import WordSample, read_samples
 from rayx.errors import FitError
 from rayx.methods.merge_contest import Contest, least_violated
 from rayx.spec import require

@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from tokenizers import Tokenizer
 
-from rayx.corpus.raters import TEXT, Value
+from rayx.corpus.labels.raters import TEXT, Value
 from rayx.corpus.tokenizer import eos_id, load_tokenizer, plain
 from rayx.errors import ModelError, SpecError
 from rayx.proxy.heldout_text import Encoder, Passages

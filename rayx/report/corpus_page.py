@@ -24,7 +24,8 @@ def corpus_page(corpus: Corpus, clusters: dict[str, Any] | None = None) -> str:
 
     Args:
         corpus: The corpus.
-        clusters: What `rayx.corpus.cluster.read_clusters` returned, None if it was not clustered.
+        clusters: What `rayx.corpus.clusters.cluster.read_clusters` returned, None if it was not
+            clustered.
     """
     facts = describe(corpus)
     sections = [("verdict", "Summary", _summary(corpus, facts, clusters)),

@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from rayx.corpus.merge_order import MergeOrder, check_order, numbered, rebuilt
+from rayx.corpus.merges.order import MergeOrder, check_order, numbered, rebuilt
 from rayx.errors import UNREADABLE, CorpusError, did_you_mean
 
 _CASED = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from rayx.corpus import centroids as directions
 from rayx.corpus.build import RAY_BYTES, build_corpus
-from rayx.corpus.cluster_facts import facts_of, merge, prune, sizes_of
-from rayx.corpus.cluster_parts import (
+from rayx.corpus.clusters import centroids as directions
+from rayx.corpus.clusters.embed import TFIDF, Embedder, embedder_facts, open_embedder
+from rayx.corpus.clusters.facts import facts_of, merge, prune, sizes_of
+from rayx.corpus.clusters.parts import (
     CLUSTER,
     assign_parts,
     assigned,
@@ -39,7 +40,6 @@ from rayx.corpus.cluster_parts import (
     write_labelled,
 )
 from rayx.corpus.corpus import Corpus
-from rayx.corpus.embed import TFIDF, Embedder, embedder_facts, open_embedder
 from rayx.corpus.parts import write_whole
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source, locate
@@ -62,11 +62,11 @@ class Clustering:
 
     Args:
         clusters: How many domains, >= 2. None: as `merge_distance` says, else the fewest of good
-            silhouette, from 2 to 32; see `rayx.corpus.centroids.best_number`.
+            silhouette, from 2 to 32; see `rayx.corpus.clusters.centroids.best_number`.
         init_clusters: How many k-means finds before pruning and merging, >= 2. None: 64, or 4 times
             `clusters` where that is more, and fewer for a sample of less than 8 documents for each.
         merge_distance: Merge clusters nearer than this, instead of down to a number; see
-            `rayx.corpus.centroids.distance_labels`.
+            `rayx.corpus.clusters.centroids.distance_labels`.
         prune: (column, threshold): initial clusters whose documents' mean in a column of numbers is
             below the threshold are left out.
         embedder: "tfidf", or the folder of a sentence-transformers or ONNX model.

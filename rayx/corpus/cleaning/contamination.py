@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayx.corpus.ngrams import ngram_hashes, word_hashes
+from rayx.corpus.cleaning.ngrams import ngram_hashes, word_hashes
 from rayx.errors import CorpusError
 from rayx.recipe import is_int
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from rayx.corpus.documents import UNKNOWN, documents
-from rayx.corpus.raters import TEXT, Value
+from rayx.corpus.labels.raters import TEXT, Value
 from rayx.corpus.source import Source, locate
 from rayx.corpus.stage import document_hash
 from rayx.errors import CorpusError

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from rayx.corpus.documents import UNKNOWN
-from rayx.corpus.label_rate import BYTES
-from rayx.corpus.raters import GROUP, ID
+from rayx.corpus.labels.rate import BYTES
+from rayx.corpus.labels.raters import GROUP, ID
 
 MOST_VALUES = 1_000  # of a label column that are counted one by one
 OTHERS = "(others)"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayx.corpus import centroids as directions
-from rayx.corpus.cluster_names import examples_of, map_of, names_of, telling_terms
-from rayx.corpus.cluster_parts import CLUSTER, SIMILARITY
+from rayx.corpus.clusters import centroids as directions
+from rayx.corpus.clusters.names import examples_of, map_of, names_of, telling_terms
+from rayx.corpus.clusters.parts import CLUSTER, SIMILARITY
 from rayx.errors import CorpusError
 
 log = logging.getLogger(__name__)

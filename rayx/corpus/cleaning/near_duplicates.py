@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rayx.corpus.ngrams import mix, ngram_hashes, word_hashes
+from rayx.corpus.cleaning.ngrams import mix, ngram_hashes, word_hashes
 from rayx.errors import CorpusError
 
 BIGRAM = 2

@@ -3,7 +3,7 @@
 A byte-pair encoding is trained by merging the most frequent pair, again and again, so its list of
 merges is a record of its training text. Files keep that record in different ways; `MergeOrder` is
 what they have in common: symbols, merges in the order of training, and the cut of a text into
-words, over which no pair is ever counted. `rayx.corpus.merge_files` reads files.
+words, over which no pair is ever counted. `rayx.corpus.merges.files` reads files.
 """
 
 from __future__ import annotations

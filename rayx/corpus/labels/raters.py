@@ -3,8 +3,8 @@
 A rater is anything with a `name`, JSON `facts` that decide its result, and `rate(documents)`; it
 must be picklable and deterministic. It may have `parallel_bytes`: above how much text its work is
 worth a start of Ray (infinite: it works in one process). Here are a column, the tier of a licence
-and a Python function; a classifier trained from examples is in `rayx.corpus.classifier`, language
-models are in `rayx.proxy.rating`.
+and a Python function; a classifier trained from examples is in `rayx.corpus.labels.classifier`,
+language models are in `rayx.proxy.rating`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from rayx.corpus.licences import tier_of
+from rayx.corpus.labels.licences import tier_of
 from rayx.errors import CorpusError, did_you_mean
 
 TEXT, ID, GROUP, DOMAIN = "text", "id", "group", "domain"
@@ -154,7 +154,7 @@ class ColumnRater:
 
 @dataclass(frozen=True)
 class LicenceRater:
-    """The tier of the licence that a column holds, see `rayx.corpus.licences.tier_of`."""
+    """The tier of the licence that a column holds, see `rayx.corpus.labels.licences.tier_of`."""
 
     name: str
     column: str

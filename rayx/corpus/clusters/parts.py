@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayx.corpus.centroids import assign
+from rayx.corpus.clusters.centroids import assign
+from rayx.corpus.clusters.embed import CHARS, Embedder
 from rayx.corpus.documents import UNKNOWN, documents
-from rayx.corpus.embed import CHARS, Embedder
 from rayx.corpus.parts import PART_BYTES, write_whole
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Location, Source

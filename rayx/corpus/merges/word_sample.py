@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 
 from rayx.corpus.documents import documents
-from rayx.corpus.merge_order import MergeOrder, word_counts
+from rayx.corpus.merges.order import MergeOrder, word_counts
 from rayx.corpus.progress import progress
 from rayx.corpus.source import Source, locate
 from rayx.errors import CorpusError

@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayx.corpus.contamination import Contamination, check_words
-from rayx.corpus.near_duplicates import NearDuplicates, check_threshold
+from rayx.corpus.cleaning.contamination import Contamination, check_words
+from rayx.corpus.cleaning.near_duplicates import NearDuplicates, check_threshold
 from rayx.corpus.parts import staged_parts
 from rayx.corpus.stage import SPLITS, Tally
 from rayx.errors import CorpusError
@@ -46,9 +46,9 @@ class Cleaning:
 
     Args:
         near_duplicates: Least Jaccard similarity of near-duplicates, in (0, 1]; None: not looked
-            for. See `rayx.corpus.near_duplicates`.
+            for. See `rayx.corpus.cleaning.near_duplicates`.
         contamination_words: Words to an n-gram that train and held-out text must not share, in
-            [3, 100]; None: not looked for. See `rayx.corpus.contamination`.
+            [3, 100]; None: not looked for. See `rayx.corpus.cleaning.contamination`.
         remove_contaminated: Remove the train documents that share one, instead of counting them.
 
     Raises:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from rayx.corpus.merge_order import MergeOrder
+from rayx.corpus.merges.order import MergeOrder
 
 Places = dict[int, list[np.ndarray]]  # pair -> where it is, or was
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayx.corpus.raters import TEXT, Rater, rated
+from rayx.corpus.labels.raters import TEXT, Rater, rated
 from rayx.errors import CorpusError, RayxError
 
 SLICE = 128  # documents that a rater gets at once

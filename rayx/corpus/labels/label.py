@@ -29,14 +29,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from rayx.corpus.buckets import Buckets
 from rayx.corpus.documents import Document, documents
-from rayx.corpus.label_counts import Counts
-from rayx.corpus.label_rate import BYTES, cast, rate_parts, rate_table, types_of, write_part
-from rayx.corpus.licences import Licences
+from rayx.corpus.labels.buckets import Buckets
+from rayx.corpus.labels.counts import Counts
+from rayx.corpus.labels.licences import Licences
+from rayx.corpus.labels.rate import BYTES, cast, rate_parts, rate_table, types_of, write_part
+from rayx.corpus.labels.raters import (
+    DOMAIN,
+    GROUP,
+    ID,
+    KEPT,
+    TEXT,
+    LicenceRater,
+    Rater,
+    check_names,
+)
 from rayx.corpus.parts import write_whole
 from rayx.corpus.progress import progress
-from rayx.corpus.raters import DOMAIN, GROUP, ID, KEPT, TEXT, LicenceRater, Rater, check_names
 from rayx.corpus.source import Location, Source, locate
 from rayx.errors import CorpusError
 

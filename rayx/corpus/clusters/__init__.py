@@ -1,0 +1,1 @@
+"""Stage 1, corpus: domains for text that has none."""
