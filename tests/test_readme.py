@@ -56,7 +56,8 @@ def test_options_in_readme_exist():
 def test_layout_names_what_is_on_disk():
     tree = next(block for block in fenced("") if "Makefile  pyproject.toml" in block)
     named = set(re.findall(r"[\w.]+(?:\.(?:py|md|txt|toml|yaml)|/)", tree))
-    on_disk = {p.name for p in ROOT.glob("*")} | {p.name for p in ROOT.glob("*/*")}
+    levels = ("*", "*/*", "rayx/*/*")
+    on_disk = {p.name for level in levels for p in ROOT.glob(level)}
     assert {name.strip("/") for name in named} <= on_disk
     modules = {p.name for p in (ROOT / "rayx").glob("*.py")} - {"__init__.py", "__main__.py"}
     packages = {p.parent.name + "/" for p in (ROOT / "rayx").glob("*/__init__.py")}
