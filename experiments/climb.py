@@ -61,6 +61,7 @@ class Parameters:
     final_tokens: int = 4_000_000  # of the run that the plan is for
     max_epochs: float = 4.0
     regressor: str = "climb"
+    own_seeds: bool = True  # of CLIMB's proxies
     seed: int = 0  # 9 chose the settings
 
     def __post_init__(self) -> None:
@@ -157,6 +158,7 @@ def methods(p: Parameters, corpus: Corpus) -> tuple[Climb, RegMix]:
         max_epochs=p.max_epochs,
         seed=p.seed,
         regressor=p.regressor,
+        own_seeds=p.own_seeds,
         verification=final(p, corpus) if p.verify_seeds else None,
         verification_seeds=p.verify_seeds,
     )

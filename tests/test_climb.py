@@ -104,6 +104,12 @@ def test_rounds_shrink_look_where_it_is_good_and_come_out_the_same_after_an_inte
     world.fill(store, first[:1])
     second = climb.proposed(store)
     assert len(second) == 36 and second[:24] == first
+    # A seed for each proxy, none of which another search or a verification (1,000 on) uses.
+    assert [s.seed for s in second] == [s.data_seed for s in second] == [*range(400_000, 400_036)]
+    shared = dataclasses.replace(climb, own_seeds=False)
+    assert {s.seed for s in shared.specs()} == {3} and {s.mixture for s in shared.specs()} == {
+        s.mixture for s in first
+    }
     world.fill(store, second[24:30])  # killed in the middle of the second round
     assert climb.proposed(store) == second
     again = open_in(tmp_path / "b")  # another store, records in another order
@@ -115,7 +121,7 @@ def test_rounds_shrink_look_where_it_is_good_and_come_out_the_same_after_an_inte
 
 def test_the_optimum_is_the_least_of_the_pool_and_tied_candidates_are_averaged(tmp_path):
     world, store = world_of(4), open_in(tmp_path / "a")
-    climb = study(world, Climb, sizes=(24,), seed=4)
+    climb = study(world, Climb, sizes=(40,), seed=4)
     sweep(world, climb, store)
     fitted, choice = climb.decide(store)
     assert choice.method["name"] == "pool optimum" and choice.method["averaged"] >= 1

@@ -16,6 +16,8 @@ Shapes: M mixtures, K domains.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,12 +31,14 @@ from rayx.methods.regmix import RegMix
 from rayx.mixture import Mixture
 from rayx.propose import MIN_DISTANCE, candidate_pool
 from rayx.recipe import require
+from rayx.spec import TrainSpec
 from rayx.verify import CHOICE
 
 ROUNDS = (64, 32, 16)
 # Less a fold of ten for the residuals and a fifth for early stopping, two leaves of 5 rows remain.
 MIN_FIRST_ROUND = 16
 MIN_LATER_ROUND = 2
+SEEDS = 100_000  # apart are the seeds of two searches' proxies; a verification's are below
 ALL = 1e9  # no limit on a domain's share but its cap
 
 
@@ -82,6 +86,8 @@ class Climb(RegMix):
             and `rounds` follow.
         concentration: The first round is drawn from Dirichlet(concentration K share_k), share_k the
             domain's share of the tokens, > 0.
+        own_seeds: Whether each proxy has a seed of its own. With one seed for all, as RegMix's have
+            here, rounds close in on mixtures that were lucky with it.
 
     Raises:
         SpecError: A size is out of range, there are fewer than 2 domains, or the caps leave fewer
@@ -90,6 +96,7 @@ class Climb(RegMix):
 
     sizes: tuple[int, ...] = ROUNDS
     concentration: float = 1.0
+    own_seeds: bool = True
     num_proxies: int = field(init=False, default=0)
     rounds: int = field(init=False, default=0)
     acquisition: str = "top"
@@ -131,6 +138,16 @@ class Climb(RegMix):
 
     def _sizes(self) -> list[int]:
         return list(self.sizes)
+
+    def _proxies(self, mixtures: Sequence[Mixture], before: int = 0) -> list[TrainSpec]:
+        specs = super()._proxies(mixtures, before)
+        if not self.own_seeds:
+            return specs
+        seeds = range(SEEDS * (self.seed + 1) + before, SEEDS * (self.seed + 2))
+        return [
+            dataclasses.replace(spec, seed=seed, data_seed=seed)
+            for spec, seed in zip(specs, seeds, strict=False)
+        ]
 
     def arms(self, choice: Choice) -> dict[str, Mixture]:
         """Return the arms of the verification; the best proxy is the best of all rounds."""

@@ -113,7 +113,7 @@ class RegMix:
                 seed=1_000 * number + self.seed,
                 acquisition=self.acquisition,
             )
-            specs += self._proxies(mixtures)
+            specs += self._proxies(mixtures, before=len(specs))
         return specs
 
     def _first(self, num: int) -> list[Mixture]:
@@ -127,7 +127,8 @@ class RegMix:
         ends = [round(self.num_proxies * (i + 1) / self.rounds) for i in range(self.rounds)]
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
-    def _proxies(self, mixtures: Sequence[Mixture]) -> list[TrainSpec]:
+    def _proxies(self, mixtures: Sequence[Mixture], before: int = 0) -> list[TrainSpec]:
+        """The specs of a round's mixtures; `before` proxies were in the rounds before it."""
         return [
             dataclasses.replace(
                 self.proxy,
