@@ -151,14 +151,19 @@ def test_the_planted_best_end_is_chosen_and_planned(store):
     assert (choice.final, choice.share) == ("small", 0.2)
     assert choice.loss == pytest.approx(1.9) and choice.switch == pytest.approx(0.8, abs=1e-5)
     assert choice.losses["even"]["0.3"] == pytest.approx(2.04)
-    corpus = SimpleNamespace(domains=tuple(SUPPLY), tokens=SUPPLY, fingerprint="c0ffee")
+    corpus = SimpleNamespace(
+        domains=tuple(SUPPLY),
+        tokens=SUPPLY,
+        fingerprint="c0ffee",
+        mixture_labels=lambda mixture: {"licence": {"mit": 1.0}},
+    )
     plan = upsampling.plan(choice, corpus, store)  # pyright: ignore[reportArgumentType]
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.schedule.phases[1] == Phase(FINALS["small"], BUDGET // 5)
     assert plan.epochs["docs"] == pytest.approx(
         (0.8 * BUDGET / 41_000) + 0.2 * 0.75 * BUDGET / 1_000, rel=1e-3
     )
-    assert plan.choice["switch"] == choice.switch
+    assert plan.choice["switch"] == choice.switch and plan.labels == {"licence": {"mit": 1.0}}
     assert plan.specs(TEMPLATE)["model"].schedule == choice.schedule
 
 

@@ -229,6 +229,7 @@ def study(store=None) -> OptimalSplit:
         domains = DOMAINS
         tokens = dict.fromkeys(DOMAINS, 1_000_000)
         fingerprint = "c0ffee"
+        mixture_labels = staticmethod(lambda mixture: {})
 
     lengths = [n * BATCH for n in (200, 500, 1000, 2000)]
     points = [(d, s) for d in lengths for s in (0, 40 * BATCH, 120 * BATCH, 300 * BATCH)]
