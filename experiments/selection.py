@@ -140,8 +140,8 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> None:
         for spec in of_share:
             losses = store.get(spec.run_id).losses
             rows.append({"share": share, "seed": spec.seed, "most epochs": max(passes.values()),
-                         "loss": sum(losses[d] for d in corpus.domains) / len(corpus.domains)
-                         } | {d: losses[d] for d in corpus.domains})  # fmt: skip
+                         "loss": sum(losses[d].bpb for d in corpus.domains) / len(corpus.domains)
+                         } | {d: losses[d].bpb for d in corpus.domains})  # fmt: skip
     table = pd.DataFrame(rows)
     store.write_bytes("reports/selection.csv", table.to_csv(index=False).encode())
     mean = pd.DataFrame(table.drop(columns="seed").groupby("share").mean())
