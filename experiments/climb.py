@@ -34,7 +34,7 @@ from rayx.corpus.clusters.cluster import Clustering, cluster_corpus
 from rayx.errors import SpecError
 from rayx.experiment import Conclusion
 from rayx.fit import FittedTable, fit_table
-from rayx.methods.climb import Climb
+from rayx.methods.climb import Climb, PoolOptimum
 from rayx.methods.regmix import RegMix, Sweep
 from rayx.verify import CHOICE
 
@@ -197,7 +197,7 @@ def follow_up(p: Parameters, corpus: Corpus) -> list[TrainSpec]:
     if p.domains == "labels":
         return regmix.follow_up_cost()
     later = dataclasses.replace(climb, sizes=(climb.num_proxies,)).specs()[p.first :]
-    return later + climb.follow_up_cost(["regmix", "climb_mean", "climb_auto"])
+    return later + climb.follow_up_cost(["regmix", "climb_argmax", "climb_auto"])
 
 
 def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclusion:
@@ -216,16 +216,16 @@ def analyse(p: Parameters, corpus: Corpus, store: Store, sweep: Sweep) -> Conclu
 def variants(climb: Climb, store: Store) -> dict[str, Mixture]:
     """Return what else CLIMB's proxies could have led to: arm -> mixture.
 
-    climb_mean: the mean of the 100 best candidates in place of the best; climb_auto: that too, with
+    climb_argmax: the single best candidate, as published; climb_auto: the mean of the best with
     `auto` in place of the published predictor.
     """
-    fitted, mean = dataclasses.replace(climb, chooser=None).decide(store)
+    fitted, single = dataclasses.replace(climb, chooser=PoolOptimum()).decide(store)
     domains = fitted.table.domains
     bounds = Constraints.by_name(domains, caps={d: climb.caps[d] for d in domains})
     prior = {d: climb.supply[d] for d in domains}
     again = fit_table(fitted.table, "auto", seed=climb.seed)
     auto = choose(again, climb.objective, prior, bounds, seed=climb.seed)
-    return {"climb_mean": Mixture(mean.weights), "climb_auto": Mixture(auto.weights)}
+    return {"climb_argmax": Mixture(single.weights), "climb_auto": Mixture(auto.weights)}
 
 
 def out_of_fold(fitted: FittedTable) -> dict[str, float]:

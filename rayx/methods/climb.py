@@ -2,14 +2,16 @@
 
 The loop is RegMix's (rayx/methods/regmix.py); what differs is in this file: the first round is
 drawn around the clusters' shares, each later one is a random choice among the best tenth of a pool
-as ranked by the predictor so far, and the choice is the predictor's optimum over the pool. The
+as ranked by the predictor so far. The choice is the predictor's optimum, taken as the mean of the
+best candidates; as published, with `chooser=PoolOptimum()`, as the single best of the pool. The
 clusters come from `rayx corpus cluster`; any corpus will do.
 
 Source: Diao et al. 2025, arXiv:2504.13161 (section 3).
 Differs: losses in place of benchmark accuracy; a predictor for each target in place of one for
-    their mean; mixtures keep to the final run's token supply. Derived, since the paper is silent:
-    the pool of 20,000, the best tenth, the concentration of the first round, and that mixtures lie
-    apart.
+    their mean; mixtures keep to the final run's token supply; the mean of the best candidates in
+    place of the best, whose prediction is mostly the luckiest; a seed for each proxy. Derived,
+    since the paper is silent: the pool of 20,000, the best tenth, the concentration of the first
+    round, and that mixtures lie apart.
 
 Shapes: M mixtures, K domains.
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rayx.candidates import regmix_mixtures, sobol_mixtures
-from rayx.choice.choosers import Chooser, Solution
+from rayx.choice.choosers import Solution
 from rayx.choice.problem import Problem
 from rayx.choose import Choice
 from rayx.errors import ChoiceError, SpecError
@@ -101,7 +103,6 @@ class Climb(RegMix):
     rounds: int = field(init=False, default=0)
     acquisition: str = "top"
     regressor: str = "climb"
-    chooser: Chooser | None = field(default_factory=PoolOptimum)
 
     def __post_init__(self) -> None:
         sizes = tuple(self.sizes)
