@@ -50,7 +50,8 @@ class TokenizerMixture:
 
     Attributes:
         shares: Category -> share of bytes, in [0, 1], sum 1.
-        intervals: Category -> LEVEL interval over documents of the sample; empty with no bootstrap.
+        intervals: Category -> share +- sqrt(2) half the width of the bootstrap's LEVEL interval, as
+            the training text is one more draw of documents; empty with no bootstrap.
         merges: Merges used.
         listed: Merges that the file lists.
         unseen: Share of the merges whose pair is in no sample.
@@ -139,7 +140,9 @@ def mixture_of(
     intervals = {}
     if drawn:
         low_K, high_K = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        ends = zip(np.minimum(low_K, least_K), np.maximum(high_K, least_K), strict=True)
+        # The tokenizer's own text is one more draw of documents, which no replicate shows.
+        half_K = np.sqrt(2.0) * (high_K - low_K) / 2.0
+        ends = np.clip([least_K - half_K, least_K + half_K], 0.0, 1.0).T
         intervals = {
             name: (float(low), float(high))
             for name, (low, high) in zip(sample.categories, ends, strict=True)
