@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from rayx.cli.corpora import show_corpus
-from rayx.cli.options import SeedOption, number_of
+from rayx.cli.options import (
+    GroupColumnOption,
+    IdColumnOption,
+    LabelColumnsOption,
+    ScoreColumnOption,
+    SeedOption,
+    TextColumnOption,
+    names_of,
+    number_of,
+)
 from rayx.cli.output import say
 from rayx.corpus import Source
 from rayx.corpus.clusters.cluster import Clustering, cluster_corpus, read_clusters
@@ -41,19 +50,11 @@ def cluster(
     text: Annotated[
         str | None, typer.Option(help="Folder for the labelled text; OUT-text.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    group_column: Annotated[
-        str | None, typer.Option(help="Documents of one value are held out together, or not.")
-    ] = None,
-    label_columns: Annotated[
-        str | None, typer.Option(help="Columns to count by their values: licence,language.")
-    ] = None,
-    score_column: Annotated[
-        str | None, typer.Option(help="Sorts training text, so that web@0.3 is web's best 30%.")
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="A second document of an id is skipped.")
-    ] = None,
+    text_column: TextColumnOption = "text",
+    group_column: GroupColumnOption = None,
+    label_columns: LabelColumnsOption = None,
+    score_column: ScoreColumnOption = None,
+    id_column: IdColumnOption = None,
     tokenizer: Annotated[
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
@@ -71,7 +72,7 @@ def cluster(
     columns: dict[str, Any] = {
         "text_column": text_column,
         "group_column": group_column,
-        "label_columns": tuple(label_columns.split(",")) if label_columns else (),
+        "label_columns": names_of(label_columns),
         "score_column": score_column,
         "id_column": id_column,
     }

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rayx.cli.options import SeedOption
+from rayx.cli.options import (
+    GroupColumnOption,
+    IdColumnOption,
+    LabelColumnsOption,
+    ScoreColumnOption,
+    SeedOption,
+    TextColumnOption,
+    names_of,
+)
 from rayx.cli.output import MOST_VALUES, check_folder, grid_of, say, write_text
 from rayx.cli.training import read_plan
 from rayx.corpus import Corpus, Source, build_corpus, build_sample, describe
@@ -32,19 +40,11 @@ def build(
     evaluation: Annotated[
         list[str] | None, typer.Option("--evaluation", help="target=path, held out whole.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    group_column: Annotated[
-        str | None, typer.Option(help="Documents of one value are held out together, or not.")
-    ] = None,
-    label_columns: Annotated[
-        str | None, typer.Option(help="Columns to count by their values: licence,language.")
-    ] = None,
-    score_column: Annotated[
-        str | None, typer.Option(help="Sorts training text, so that web@0.3 is web's best 30%.")
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="A second document of an id is skipped.")
-    ] = None,
+    text_column: TextColumnOption = "text",
+    group_column: GroupColumnOption = None,
+    label_columns: LabelColumnsOption = None,
+    score_column: ScoreColumnOption = None,
+    id_column: IdColumnOption = None,
     tokenizer: Annotated[
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
@@ -70,7 +70,7 @@ def build(
     columns: dict[str, Any] = {
         "text_column": text_column,
         "group_column": group_column,
-        "label_columns": tuple(_names(label_columns)),
+        "label_columns": names_of(label_columns),
         "score_column": score_column,
         "id_column": id_column,
     }
@@ -83,7 +83,7 @@ def build(
         for domain, path in (_named(option, value) for value in values or [])
     ]
     if table:
-        given.append(Source(path=table, domain_column=tuple(_names(domain_column)), **columns))
+        given.append(Source(path=table, domain_column=names_of(domain_column), **columns))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
     built = build_corpus(
         given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed,
@@ -192,10 +192,6 @@ def show_labels(corpus: Corpus) -> None:
         most = [f"{value} {share:.1%}" for value, share in list(found.items())[:MOST_VALUES]]
         more = f" and {len(found) - MOST_VALUES} more" if len(found) > MOST_VALUES else ""
         say(f"{axis}: {', '.join(most)}{more}")
-
-
-def _names(value: str | None) -> list[str]:
-    return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
 def _named(option: str, value: str) -> tuple[str, str]:

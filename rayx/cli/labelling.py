@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rayx.cli.options import JsonOption, SeedOption, parse_pairs
+from rayx.cli.options import JsonOption, SeedOption, names_of, parse_pairs
 from rayx.cli.output import MOST_VALUES, grid_of, say
 from rayx.corpus import Source
 from rayx.corpus.labels.buckets import Buckets
@@ -94,7 +94,7 @@ def label(
     columns: dict[str, Any] = {
         "text_column": text_column,
         "group_column": group_column,
-        "label_columns": _names(label_columns),
+        "label_columns": names_of(label_columns),
         "score_column": score_column,
         "id_column": id_column,
     }
@@ -102,9 +102,9 @@ def label(
         columns["label_columns"] += (licence_column,)
     given = [_source(value, columns) for value in sources or []]
     if table:
-        given.append(Source(path=table, domain_column=_names(domain_column), **columns))
+        given.append(Source(path=table, domain_column=names_of(domain_column), **columns))
     made = [_rater(value, tokens, device, seed) for value in raters or []]
-    lists = Licences(allow=_names(allow_licences), deny=_names(deny_licences))
+    lists = Licences(allow=names_of(allow_licences), deny=names_of(deny_licences))
     if (lists.allow or lists.deny) and not licence_column:
         raise SpecError("--allow-licences and --deny-licences need --licence-column.")
     labelled = label_corpus(
@@ -126,10 +126,6 @@ def _source(value: str, columns: dict[str, Any]) -> Source:
     if not equals or Path(value).exists():
         name, path = "text", value
     return Source(path=path, domain=name, **columns)
-
-
-def _names(value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
 def _rater(value: str, tokens: int, device: str, seed: int) -> Rater:

@@ -20,6 +20,17 @@ StoreOrNone = Annotated[
 WeightsOption = Annotated[str | None, typer.Option(help="CSV: id, one column a domain.")]
 LossesOption = Annotated[str | None, typer.Option(help="CSV: id, one column a target.")]
 RegressorOption = Annotated[str, typer.Option(help="auto, or one of the regressors.")]
+TextColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
+GroupColumnOption = Annotated[
+    str | None, typer.Option(help="Documents of one value are held out together, or not.")
+]
+LabelColumnsOption = Annotated[
+    str | None, typer.Option(help="Columns to count by their values: licence,language.")
+]
+ScoreColumnOption = Annotated[
+    str | None, typer.Option(help="Sorts training text, so that web@0.3 is web's best 30%.")
+]
+IdColumnOption = Annotated[str | None, typer.Option(help="A second document of an id is skipped.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn.")]
 NameOption = Annotated[str | None, typer.Option(help="Which one, where there are several.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -69,3 +80,8 @@ def parse_numbers(option: str, text: str | None) -> dict[str, float]:
     form = "name=number"
     pairs = parse_pairs(option, text, form) if text else {}
     return {name: number_of(option, value, form) for name, value in pairs.items()}
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """Parse `name,name`; nothing where the option was not given."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
