@@ -32,7 +32,7 @@ from rayx.corpus import Source, build_corpus, extract_sample
 from rayx.corpus.clusters.cluster import Clustering, cluster_corpus
 from rayx.errors import SpecError
 from rayx.experiment import Conclusion
-from rayx.fit import FittedTable, fit_table
+from rayx.fit import FittedTable, fit_once
 from rayx.methods.climb import Climb, PoolOptimum
 from rayx.methods.regmix import RegMix, Sweep
 from rayx.verify import CHOICE
@@ -222,7 +222,7 @@ def variants(climb: Climb, store: Store) -> dict[str, Mixture]:
     domains = fitted.table.domains
     bounds = Constraints.by_name(domains, caps={d: climb.caps[d] for d in domains})
     prior = {d: climb.supply[d] for d in domains}
-    again = fit_table(fitted.table, "auto", seed=climb.seed)
+    again = fit_once(fitted.table, "auto", climb.seed)
     auto = choose(again, climb.objective, prior, bounds, seed=climb.seed)
     return {"climb_argmax": Mixture(single.weights), "climb_auto": Mixture(auto.weights)}
 

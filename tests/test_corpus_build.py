@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,13 @@ def test_text_kept_for_evaluation_is_never_trained_on(tmp_path: Path) -> None:
     corpus = build(sources(tmp_path, web=WEB + NEWS, news=NEWS), tmp_path / "out")
     assert not set(NEWS) & set(texts_of(corpus, corpus.train("web")))
     assert texts_of(corpus, corpus.heldout("news")) == NEWS
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028abe\u0301", max_size=30))
+def test_hash_is_of_the_composed_text_with_single_spaces(text: str) -> None:
+    words = unicodedata.normalize("NFC", text).split()
+    assert document_hash(text) == blake2b(" ".join(words).encode(), digest_size=16).digest()
 
 
 @settings(max_examples=200, deadline=None)

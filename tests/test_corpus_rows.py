@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import random
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import rayx.remote
 from rayx.corpus import Corpus, Source, build_corpus, encode, rows, stage
+from rayx.corpus import build as build_module
 from rayx.corpus.documents import documents
 from rayx.corpus.join import join_corpora
 from rayx.corpus.route import route
@@ -122,17 +125,20 @@ def test_long_document_is_encoded_in_pieces_to_the_same_tokens(monkeypatch) -> N
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
-    table = pa.table({"text": texts})
+    column = pa.chunked_array([texts])
 
-    def ids(tokenizer: Tokenizer, most: int) -> tuple[bytes, int, int]:
+    def ids(tokenizer: Tokenizer, most: int) -> tuple[bytes, int]:
         monkeypatch.setattr(encode, "BATCH_BYTES", most)
         monkeypatch.setattr(encode, "PIECE_BYTES", most)
-        found = encode.encode_table(table, tokenizer.to_str(), "<u2").to_pydict()
-        return b"".join(found["ids"]), sum(found["documents"]), len(found["ids"])
+        found = encode.encode_texts(column, tokenizer.to_str(), "<u2")
+        return found, len(list(encode._batches(column, can_cut=True)))
 
     for tokenizer in (plain, split):
         whole, pieces = ids(tokenizer, 10**9), ids(tokenizer, 100)
-        assert whole[:2] == pieces[:2] and whole[2] == 1 and pieces[2] > 30
+        assert whole[0] == pieces[0] and whole[1] == 1 and pieces[1] > 30
+        each = (tokenizer.encode(t, add_special_tokens=False).ids for t in texts)
+        end = encode.eos_id(tokenizer)
+        assert np.frombuffer(whole[0], "<u2").tolist() == [i for x in each for i in (*x, end)]
 
 
 def test_tokenizer_that_works_across_spaces_gets_whole_documents() -> None:
@@ -146,10 +152,11 @@ def test_tokenizer_that_works_across_spaces_gets_whole_documents() -> None:
 
 
 def test_tokenizer_that_emits_what_its_vocabulary_lacks_is_refused(monkeypatch) -> None:
-    table, tokenizer = pa.table({"text": TEXTS}), train_tokenizer(TEXTS, 299).to_str()
+    column, tokenizer = pa.chunked_array([TEXTS]), train_tokenizer(TEXTS, 299).to_str()
+    monkeypatch.setattr(encode, "_mine", threading.local())
     monkeypatch.setattr(encode, "num_ids", lambda tokenizer: 260)
     with pytest.raises(CorpusError, match=r"gives id 29\d, but its vocabulary has 260 ids"):
-        encode.encode_table(table, tokenizer, "<u2")
+        encode.encode_texts(column, tokenizer, "<u2")
 
 
 # What moves, loops, repeats or fills up ----------------------------------------------------------
@@ -225,7 +232,7 @@ def test_build_goes_on_inside_a_source_and_a_shard(form: str, tmp_path, monkeypa
     monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 1_500)
     read: list[str] = []
     encoded: list[int] = []
-    stage_one, encode_some = stage.document_hash, encode.encode_table
+    stage_one, encode_some = stage.document_hash, encode.encode_texts
     monkeypatch.setattr(stage, "document_hash", lambda text: read.append(text) or stage_one(text))
 
     def die_at_55(self: Any, document: Any, parts: Any) -> int:
@@ -238,24 +245,87 @@ def test_build_goes_on_inside_a_source_and_a_shard(form: str, tmp_path, monkeypa
         patch.setattr(stage._Staging, "_add", die_at_55)
         build(source, tmp_path)
 
-    def die_at_30(table: pa.Table, *more: Any) -> pa.Table:
-        encoded.append(table.num_rows)
+    def die_at_30(column: pa.ChunkedArray, *more: Any) -> bytes:
+        encoded.append(len(column))
         if sum(encoded) > 30:
             raise Killed
-        return encode_some(table, *more)
+        return encode_some(column, *more)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(encode, "encode_table", die_at_30)
+        patch.setattr(encode, "encode_texts", die_at_30)
         build(source, tmp_path)
     assert len(texts) - 1 < len(read) < len(texts) + 12, "at most a checkpoint is read again"
     encoded.clear()
-    counted = lambda table, *more: encoded.append(table.num_rows) or encode_some(table, *more)  # noqa: E731
-    monkeypatch.setattr(encode, "encode_table", counted)
+    monkeypatch.setattr(encode, "encode_texts", counting(encoded))
     corpus = build(source, tmp_path)
     assert corpus.fingerprint == expected.fingerprint
     corpus.verify()
     assert {**corpus.manifest["domains"][0]} == {**expected.manifest["domains"][0]}
     assert sum(encoded) < 50, "of 60; what was written before is kept"
+
+
+def counting(encoded: list[int]) -> Any:
+    """`encode_texts`, with the number of documents of each call noted."""
+    encode_some = encode.encode_texts
+
+    def counted(column: pa.ChunkedArray, *more: Any) -> bytes:
+        encoded.append(len(column))
+        return encode_some(column, *more)
+
+    return counted
+
+
+def test_parts_encoded_while_others_are_read_are_kept_by_a_killed_build(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv(encode.THREADED, raising=False)
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 300).save(str(tokenizer))
+    files = [write_jsonl(tmp_path / f"{k}.jsonl", TEXTS[30 * k : 30 * k + 30]) for k in range(2)]
+    sources = [Source(path=path, domain="web") for path in files]
+
+    def go(folder: str) -> Corpus:
+        return build_corpus(sources, tmp_path / folder, tokenizer=tokenizer, heldout_share=0.2,
+                            min_heldout_tokens=1)  # fmt: skip
+
+    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 1_500)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode.Encoder, "begin", lambda encoder, part: None)
+        late = go("late")
+    encoded: list[int] = []
+    monkeypatch.setattr(encode, "encode_texts", counting(encoded))
+
+    def at_once(encoder: encode.Encoder, part: Path) -> None:
+        encoder._keep(str(part))
+        encoder.begun[str(part)] = Future()
+        encoder.begun[str(part)].set_result(None)
+
+    stage_sources = build_module.stage_sources
+
+    def killed(*given: Any) -> Any:
+        stage_sources(*given)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(encode.Encoder, "begin", at_once)
+        patch.setattr(build_module, "stage_sources", killed)
+        go("early")
+    assert sum(encoded) == 60 and list((tmp_path / "early/.build").rglob("*.ids"))
+    assert os.environ.get(encode.THREADED) is None
+    assert go("early").fingerprint == late.fingerprint
+    assert sum(encoded) == 60, "all was encoded before"
+
+
+def test_build_that_encodes_while_it_reads_says_what_is_wrong_with_a_tokenizer(
+    tmp_path, monkeypatch
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 298).save(str(file))
+    monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 1_500)
+    monkeypatch.setattr(encode, "num_ids", lambda tokenizer: 260)
+    with pytest.raises(CorpusError, match=r"gives id 29\d, but its vocabulary has 260 ids"):
+        build(Source(path=write_jsonl(tmp_path / "a.jsonl"), domain="web"), tmp_path,
+              tokenizer=file)  # fmt: skip
 
 
 # Object stores -----------------------------------------------------------------------------------

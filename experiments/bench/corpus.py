@@ -3,11 +3,10 @@
     python experiments/bench/corpus.py [--megabytes 24] [--repeats 3] [--vocabulary 4096] [--ray]
     python experiments/bench/corpus.py --megabytes 300 --folder FOLDER [--folder ...] [--ray]
 
-The same text, in one process on one thread, paired and interleaved: (a) the tokenizer alone over
+The same text, in one process on one core, paired and interleaved: (a) the tokenizer alone over
 texts in memory, (b) `build_corpus` with that tokenizer, from JSON lines to a corpus on disk. Rates
 are megabytes of text per second of CPU time, so that other work on the machine counts little, and
-per second of wall time. The aim is (b) >= 0.9 (a). `reading` reads, drops duplicates, chooses
-held-out documents and stages; `encoding` is the tokenizer and the shards.
+per second of wall time. The aim is (b) >= 0.9 (a).
 `--ray` also builds with Ray Data on all cores and says what came of each core, after Ray's start.
 
 With folders of real text the measurement is another: all cores, memory and kill -9 (see
@@ -35,25 +34,6 @@ from rayx.corpus import Source, build_corpus
 from rayx.corpus.tokenizer import plain, train_tokenizer
 
 BATCH = 256  # documents that the tokenizer gets at once, as in a build
-
-
-class Stages(logging.Handler):
-    """Collects seconds of CPU and wall time of the stages that a build logs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.seconds: dict[str, float] = {}
-        self._last = time.process_time()
-
-    def begin(self) -> None:
-        self._last = time.process_time()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "done in" not in str(record.msg) or not isinstance(record.args, tuple):
-            return
-        now = time.process_time()
-        self.seconds[str(record.args[0])] = now - self._last
-        self._last = now
 
 
 def make_texts(num_bytes: int, seed: int = 0) -> list[str]:
@@ -93,10 +73,6 @@ def measure(
     )
     texts = list(dict.fromkeys(texts))
     size = sum(len(t.encode()) for t in texts) / 1e6
-    stages = Stages()
-    for name in ("rayx.corpus.progress", "rayx.corpus.build"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("rayx.corpus.progress").addHandler(stages)
     rows: list[dict[str, float]] = []
     result: dict[str, Any] = {"megabytes": size, "documents": len(texts), "repeats": repeats}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,11 +90,12 @@ def measure(
                 encode(texts[start : start + BATCH], add_special_tokens=False)
 
         def build(name: str, parallel: bool) -> str:
-            stages.begin()
             out = Path(folder) / name
             built = build_corpus([source], out, tokenizer=tokenizer_file, parallel=parallel)
             return built.fingerprint
 
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
         fingerprints = {build("warm", False)}
         for repeat in range(repeats):
             row: dict[str, float] = {}
@@ -132,8 +109,8 @@ def measure(
             fingerprints.add(build(f"corpus{repeat}", False))
             row["build"] = time.process_time() - began[0]
             row["build_wall"] = time.perf_counter() - began[1]
-            row |= stages.seconds
             rows.append(row)
+        os.sched_setaffinity(0, cores)
         if with_ray:
             result |= _on_ray(build, fingerprints, size)
     result["one_fingerprint"] = len(fingerprints) == 1

@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayx.corpus import Source, build, build_corpus, encode, stage
@@ -126,16 +127,16 @@ def build_one(folder: Path, out: str, parallel: bool | None, moment: str | None)
     facts = json.loads((folder / "facts.json").read_text())
     total = sum(domain["bytes"] for domain in facts.values())
     work = {"read": 0, "encoded": 0}  # bytes of text
-    hash_one, encode_some, original = stage.document_hash, encode.encode_table, build.progress
+    hash_one, encode_some, original = stage.document_hash, encode.encode_texts, build.progress
 
     def counted_hash(text: str) -> bytes:
         work["read"] += len(text.encode())
         return hash_one(text)
 
-    def counted_encode(*given: Any) -> pa.Table:
-        table = encode_some(*given)
-        work["encoded"] += sum(table["bytes"].to_pylist())
-        return table
+    def counted_encode(column: pa.ChunkedArray, *more: Any) -> bytes:
+        ids = encode_some(column, *more)
+        work["encoded"] += pc.sum(pc.binary_length(column)).as_py()  # type: ignore[attr-defined]
+        return ids
 
     @contextmanager
     def watched(label: str, total_bytes: int | None = None) -> Iterator[Callable[[int, int], None]]:
@@ -160,7 +161,7 @@ def build_one(folder: Path, out: str, parallel: bool | None, moment: str | None)
             file.write(json.dumps(work) + "\n")
 
     if moment:
-        stage.document_hash, encode.encode_table = counted_hash, counted_encode
+        stage.document_hash, encode.encode_texts = counted_hash, counted_encode
         build.progress = watched
     sources = [Source(path=str(folder / "text" / domain), domain=domain) for domain in facts]
     if parallel:

@@ -29,7 +29,7 @@ import numpy as np
 
 from rayx.corpus import Source, stage
 from rayx.corpus.cleaning.clean import Cleaning, clean
-from rayx.corpus.encode import encode_shard
+from rayx.corpus.encode import Encoder, Shard, encode_shards
 from rayx.corpus.parts import staged_parts
 from rayx.corpus.route import route
 from rayx.corpus.source import locate
@@ -81,11 +81,13 @@ def stages(folder: Path, near: bool) -> dict[str, Any]:
         kept["near_duplicates_bytes_per_document"] = 1024 * grown / documents
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     text = folder / ("cleaned" if near else "staged")
-    encoded = timed("encode", lambda: [
-        encode_shard(staged_parts(text, name, split), folder / f"{name}.{split}.bin",
-                     folder / f"{name}.{split}.json", tokenizer, "<u2", False, nothing)
+    shards = [
+        Shard(staged_parts(text, name, split), folder / f"{name}.{split}.bin",
+              folder / f"{name}.{split}.json")
         for name in tallies for split in stage.SPLITS if tallies[name].documents[split]
-    ])  # fmt: skip
+    ]  # fmt: skip
+    with Encoder(tokenizer) as encoder:
+        encoded = timed("encode", lambda: list(encode_shards(shards, encoder, nothing)))
     kept["encoded_bytes"] = sum(f["bytes"] for f in encoded)
     kept["tokens"] = sum(f["tokens"] for f in encoded)
     return {"cpu_seconds": seconds, "documents": documents, **kept}
@@ -173,16 +175,19 @@ def plan(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
         "shards_gb": shards_gb,
         "storage_per_month": (total / 1e3 + shards_gb) * given.gb_month, "ways": {},
     }  # fmt: skip
-    encode = total / (rates["encode"] * given.cores)  # seconds on one machine
-    ways = {"one build": (1, total / rates["stage"] + encode)}
+
+    def build_s(read_mb: float, own_mb: float) -> float:
+        """Seconds of a build: one process reads all and stages its own while all cores encode."""
+        reading = read_mb / rates["filter"] + own_mb / rates["stage"]
+        return max(reading, (reading + own_mb / rates["encode"]) / given.cores)
+
+    ways = {"one build": (1, build_s(0, total))}
     for times in (1, 4):  # parts a machine: with more, a slow one holds the rest up less
         n = max(needed, times * given.machines)
-        # each part passes over all text, and stages and encodes its own
-        each = total / rates["filter"] + total / n / rates["stage"] + encode / n
-        ways[f"{n} parts by hash"] = (n, each)
-        each = total / n / rates["stage"] + encode / n
-        ways[f"{n} parts by file"] = (n, each)
-        ways[f"{n} parts routed"] = (n, each + total / n / given.cores / rates["route"])
+        ways[f"{n} parts by hash"] = (n, build_s(total, total / n))
+        ways[f"{n} parts by file"] = (n, build_s(0, total / n))
+        routed = total / n / given.cores / rates["route"]
+        ways[f"{n} parts routed"] = (n, build_s(0, total / n) + routed)
     for name, (n, each) in ways.items():
         runs, machines = [], min(n, given.machines)
         for seed in range(given.simulations):

@@ -20,7 +20,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,11 @@ from filelock import FileLock, Timeout
 from rayx.corpus.cleaning.clean import Cleaning, clean, passes
 from rayx.corpus.corpus import Corpus
 from rayx.corpus.documents import documents
-from rayx.corpus.encode import MOST_THREADS, cores, encode_shard
+from rayx.corpus.encode import MOST_THREADS, Encoder, Shard, cores, encode_shards
 from rayx.corpus.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER,
-    shard_dtype,
     write_manifest,
 )
 from rayx.corpus.parts import staged_parts, write_whole
@@ -130,19 +129,29 @@ def build_corpus(
         state = _begin(out, key)
         # text kept for evaluation first: a train document equal to one of its documents is dropped
         located.sort(key=lambda pair: not pair[0].evaluation_only)
-        with progress("reading") as advance:
-            tallies, homeless = stage_sources(located, state / "text", heldout_share, seed,
-                                              advance, partition)  # fmt: skip
-        _check_tallies(tallies, heldout_share)
-        text = state / ("cleaned" if cleaning else "text")
-        if cleaning:
-            with progress("cleaning", passes(tallies, cleaning)) as advance:
-                clean(state / "text", text, tallies, cleaning, advance)
-        tallies = dict(sorted(tallies.items(), key=lambda item: item[1].evaluation_only))
-        if not (out / TOKENIZER).exists():
-            made = given_json or _train(text, tallies, int(str(tokenizer)))
-            write_whole(out / TOKENIZER, made)
-        shards = _encode(out, state, text, tallies, min_heldout_tokens, parallel)
+        with ExitStack() as stack:
+            # text that nothing removes or sorts later can be encoded as soon as it is staged
+            final = not cleaning and all(source.score_column is None for source in sources)
+            ahead = None
+            if given_json and final and not parallel:
+                ahead = stack.enter_context(Encoder(given_json))
+            with progress("reading") as advance:
+                tallies, homeless = stage_sources(
+                    located, state / "text", heldout_share, seed, advance, partition,
+                    ahead and ahead.begin,
+                )  # fmt: skip
+            _check_tallies(tallies, heldout_share)
+            text = state / ("cleaned" if cleaning else "text")
+            if cleaning:
+                with progress("cleaning", passes(tallies, cleaning)) as advance:
+                    clean(state / "text", text, tallies, cleaning, advance)
+            tallies = dict(sorted(tallies.items(), key=lambda item: item[1].evaluation_only))
+            if not (out / TOKENIZER).exists():
+                made = given_json or _train(text, tallies, int(str(tokenizer)))
+                write_whole(out / TOKENIZER, made)
+            tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
+            encoder = ahead or stack.enter_context(Encoder(tokenizer_json))
+            shards = _encode(out, state, text, tallies, min_heldout_tokens, parallel, encoder)
         write_manifest(out, key, tallies, homeless, shards, tokenizer)
         shutil.rmtree(state)
     corpus = Corpus.load(out)
@@ -309,31 +318,31 @@ def _encode(
     tallies: dict[str, Tally],
     min_tokens: int,
     parallel: bool | None,
+    encoder: Encoder,
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")
-    dtype = shard_dtype(tokenizer_json)
-    total = sum(t.bytes.total() for t in tallies.values())
+    todo: dict[tuple[str, str], Shard] = {}
+    for split in ("heldout", "train"):
+        for name, tally in tallies.items():
+            if not tally.documents[split]:
+                continue
+            large = tally.bytes[split] > RAY_BYTES
+            on_ray = large and _ray_is_worth_it() if parallel is None else parallel
+            parts = staged_parts(text, name, split)
+            if split == "train" and tally.ordered_by:
+                parts = by_score(parts, state / "sorted" / name)
+            facts_file = state / "encoded" / f"{name}.{split}.json"
+            file = out / "domains" / name / f"{split}.bin"
+            todo[name, split] = Shard(parts, file, facts_file, on_ray)
     shards: dict[tuple[str, str], dict[str, Any]] = {}
-    with progress("encoding", total) as advance:
-        for split in ("heldout", "train"):
-            for name, tally in tallies.items():
-                if not tally.documents[split]:
-                    continue
-                large = tally.bytes[split] > RAY_BYTES
-                on_ray = large and _ray_is_worth_it() if parallel is None else parallel
-                parts = staged_parts(text, name, split)
-                if split == "train" and tally.ordered_by:
-                    parts = by_score(parts, state / "sorted" / name)
-                file = f"domains/{name}/{split}.bin"
-                facts_file = state / "encoded" / f"{name}.{split}.json"
-                facts = encode_shard(parts, out / file, facts_file, tokenizer_json, dtype,
-                                     on_ray, advance)  # fmt: skip
-                shards[name, split] = {"file": file} | facts
-                if split == "heldout" and facts["tokens"] < min_tokens:
-                    raise CorpusError(
-                        f"Domain {name!r} is too small for its held-out share: it has "
-                        f"{facts['tokens']} held-out tokens in {facts['documents']} documents, "
-                        f"needed are {min_tokens}. Add text, raise heldout_share or lower "
-                        "min_heldout_tokens."
-                    )
+    with progress("encoding", sum(t.bytes.total() for t in tallies.values())) as advance:
+        encoded = encode_shards(list(todo.values()), encoder, advance)
+        for (name, split), facts in zip(todo, encoded, strict=True):
+            shards[name, split] = {"file": f"domains/{name}/{split}.bin"} | facts
+            if split == "heldout" and facts["tokens"] < min_tokens:
+                raise CorpusError(
+                    f"Domain {name!r} is too small for its held-out share: it has "
+                    f"{facts['tokens']} held-out tokens in {facts['documents']} documents, "
+                    f"needed are {min_tokens}. Add text, raise heldout_share or lower "
+                    "min_heldout_tokens."
+                )
     return shards

@@ -3,8 +3,11 @@
 A shard is raw little-endian uint16 (uint32 above 65,536 tokens): document, end of text, document,
 end of text ... It is written beside its final name with a journal of how far it is, and renamed,
 with a small JSON of its facts written after it: a killed build keeps finished shards, and all but
-the last CHECKPOINT_BYTES of text of the one it was at. The map runs on Ray Data or on threads of
-this process (the tokenizer works outside Python's lock); the bytes are the same.
+the last CHECKPOINT_BYTES of text of the one it was at.
+
+Parts are encoded on threads of this process (the tokenizer works outside Python's lock) or on Ray
+Data; the bytes are the same. Where the tokenizer is known from the start, threads encode parts
+while later ones are still being read: the ids wait beside the part.
 """
 
 from __future__ import annotations
@@ -14,36 +17,54 @@ import json
 import logging
 import os
 import re
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from rayx.corpus.parts import write_whole
+from rayx.corpus.manifest import shard_dtype
+from rayx.corpus.parts import ids_file, write_whole
 from rayx.corpus.tokenizer import eos_id, num_ids, plain
 from rayx.errors import CorpusError
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 1_000_000  # of text at once: an encoding takes some 140 bytes per byte while it lives
-PIECE_BYTES = 1_000_000  # longer documents are encoded in pieces where that is exact
+BATCH_BYTES = 25_000  # of text at once: an encoding takes some 140 bytes per byte while it lives
+PIECE_BYTES = 100_000  # longer documents are encoded in pieces where that is exact
 CHECKPOINT_BYTES = 64_000_000  # of text between two entries in the journal
-MOST_THREADS = 16  # Python's share, 4% of the work, is done by one at a time
+MOST_THREADS = 16  # Python's share, 5% of the work, is done by one at a time
 CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
-COUNTS = ("documents", "bytes", "file_bytes")
+COUNTS = ("parts", "documents", "bytes", "file_bytes")
+THREADED = "TOKENIZERS_PARALLELISM"
+CACHED_WORDS = 2_000  # of a tokenizer, whose own 10,000 are slower: they do not stay in the cache
+
+_mine = threading.local()
 
 
-@lru_cache(maxsize=2)
 def _loaded(tokenizer_json: str) -> tuple[Tokenizer, int, int, bool]:
-    tokenizer = plain(tokenizer_json)
-    return tokenizer, eos_id(tokenizer), num_ids(tokenizer), _splits_at_spaces(tokenizer_json)
+    """Return this thread's own tokenizer, end of text, number of ids, and whether texts can be cut.
+
+    Threads that share one wait for each other's caches.
+    """
+    if getattr(_mine, "json", None) != tokenizer_json:
+        tokenizer = plain(tokenizer_json)
+        if hasattr(tokenizer.model, "_resize_cache"):
+            tokenizer.model._resize_cache(CACHED_WORDS)
+        _mine.json = tokenizer_json
+        _mine.loaded = (tokenizer, eos_id(tokenizer), num_ids(tokenizer),
+                        _splits_at_spaces(tokenizer_json))  # fmt: skip
+    return _mine.loaded
 
 
 def _splits_at_spaces(tokenizer_json: str) -> bool:
@@ -70,32 +91,28 @@ def pieces(text: str, at_most: int) -> list[str]:
     return [*found, text[start:]]
 
 
-def encode_table(table: pa.Table, tokenizer_json: str, dtype: str) -> pa.Table:
-    """Encode the `text` column: a table of blobs of token ids, in order.
-
-    Returns:
-        ids; documents that end in it; bytes of UTF-8 text; whole, if its last document ends in it.
+def encode_texts(column: pa.ChunkedArray, tokenizer_json: str, dtype: str) -> bytes:
+    """Return the token ids of texts, an end of text after each, as a shard has them.
 
     Raises:
         CorpusError: The tokenizer gives an id that its own vocabulary does not have.
     """
     tokenizer, eos, count, can_cut = _loaded(tokenizer_json)
-    rows: dict[str, list[Any]] = {"ids": [], "documents": [], "bytes": [], "whole": []}
-    for texts, ends in _batches(table["text"], can_cut):
+    found: list[np.ndarray] = []
+    for texts, ends in _batches(column, can_cut):
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        found = [part for e, end in zip(encoded, ends, strict=True)
-                 for part in (np.fromiter(e.ids, "<u4"), [eos] * end)]  # fmt: skip
-        ids = np.concatenate(found, dtype="<u4", casting="unsafe")
-        if ids.max(initial=0) >= count:
-            raise CorpusError(
-                f"The tokenizer gives id {ids.max()}, but its vocabulary has {count} ids; its "
-                "files do not belong together. Save it again from where it works."
-            )
-        rows["ids"].append(ids.astype(dtype, copy=False).tobytes())
-        rows["documents"].append(sum(ends))
-        rows["bytes"].append(sum(len(t) if t.isascii() else len(t.encode()) for t in texts))
-        rows["whole"].append(ends[-1])
-    return pa.table(rows | {"ids": pa.array(rows["ids"], pa.large_binary())})
+        for encoding, end in zip(encoded, ends, strict=True):
+            ids = encoding.ids
+            if end:
+                ids.append(eos)
+            found.append(np.fromiter(ids, "<u4", len(ids)))
+    ids = np.concatenate(found)
+    if ids.max(initial=0) >= count:
+        raise CorpusError(
+            f"The tokenizer gives id {ids.max()}, but its vocabulary has {count} ids; its "
+            "files do not belong together. Save it again from where it works."
+        )
+    return ids.astype(dtype, copy=False).tobytes()
 
 
 def _batches(column: pa.ChunkedArray, can_cut: bool) -> Iterator[tuple[list[str], list[bool]]]:
@@ -117,109 +134,72 @@ def _batches(column: pa.ChunkedArray, can_cut: bool) -> Iterator[tuple[list[str]
         yield texts, ends
 
 
-def encode_shard(
-    parts: list[str],
-    shard: Path,
-    facts_file: Path,
-    tokenizer_json: str,
-    dtype: str,
-    on_ray: bool,
-    advance: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Encode staged parts into a shard, unless that is done, from where a killed build was.
+def encode_part(part: str, tokenizer_json: str, dtype: str) -> dict[str, Any]:
+    """Encode a staged part, unless its ids lie beside it: ids, documents and bytes of text."""
+    kept = ids_file(part)
+    if kept.exists():
+        return pq.read_table(kept).to_pylist()[0]
+    column = pq.read_table(part, columns=["text"])["text"]
+    size = pc.sum(pc.binary_length(column)).as_py()  # type: ignore[attr-defined]
+    ids = encode_texts(column, tokenizer_json, dtype)
+    return {"ids": ids, "documents": len(column), "bytes": size}
+
+
+class Encoder:
+    """Encodes staged parts on threads, some of them before they are asked for; a context.
 
     Args:
-        parts: Staged Parquet parts, in order.
-        shard: File to write.
-        facts_file: Where the shard's facts are kept for a build that is resumed.
         tokenizer_json: The tokenizer.
-        dtype: "<u2" or "<u4".
-        on_ray: Map with Ray Data.
-        advance: Called with (documents, bytes) done.
-
-    Returns:
-        documents, tokens (with end of text), bytes (UTF-8 text), file_bytes and sha256.
-
-    Raises:
-        CorpusError: See `encode_table`.
     """
-    if facts_file.exists() and shard.exists():
-        facts = json.loads(facts_file.read_text())
-        if shard.stat().st_size == facts["file_bytes"]:
-            advance(facts["documents"], facts["bytes"])
-            return facts
-    for folder in (shard.parent, facts_file.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    partial, journal = shard.with_suffix(".partial"), facts_file.with_suffix(".journal")
-    done, digest = _resumed(partial, journal)
-    advance(done["documents"], done["bytes"])
-    kept = done["bytes"]
-    tables = (_on_ray if on_ray else _here)(parts, done["documents"], tokenizer_json, dtype)
-    with open(partial, "ab") as out:
-        for row in (row for table in tables for row in table.to_pylist()):
-            out.write(row["ids"])
-            digest.update(row["ids"])
-            for name, more in (*row.items(), ("file_bytes", len(row["ids"]))):
-                if name in COUNTS:
-                    done[name] += more
-            advance(row["documents"], row["bytes"])
-            if row["whole"] and done["bytes"] - kept >= CHECKPOINT_BYTES:
-                _sync(out)
-                write_whole(journal, json.dumps(done))
-                kept = done["bytes"]
-        _sync(out)
-    os.replace(partial, shard)
-    facts = done | {"tokens": done["file_bytes"] // np.dtype(dtype).itemsize,
-                    "sha256": digest.hexdigest()}  # fmt: skip
-    write_whole(facts_file, json.dumps(facts))
-    journal.unlink(missing_ok=True)
-    log.info("encoded %s/%s: %d tokens", shard.parent.name, shard.stem, facts["tokens"])
-    return facts
 
+    def __init__(self, tokenizer_json: str) -> None:
+        self.tokenizer_json, self.dtype = tokenizer_json, shard_dtype(tokenizer_json)
+        self.threads = min(cores(), MOST_THREADS)
+        self.begun: dict[str, Future[None]] = {}
 
-def _resumed(partial: Path, journal: Path) -> tuple[dict[str, int], Any]:
-    """Cut a shard back to its last journal entry; return that and its hash so far."""
-    done: dict[str, int] = dict.fromkeys(COUNTS, 0)
-    digest = hashlib.sha256()
-    if journal.exists() and partial.exists():
-        noted = json.loads(journal.read_text())
-        if partial.stat().st_size >= noted["file_bytes"]:
-            done = noted
-            log.info("%s: going on after %d documents", partial, done["documents"])
-    with open(partial, "ab") as file:
-        file.truncate(done["file_bytes"])
-    with open(partial, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return done, digest
+    def __enter__(self) -> Encoder:
+        self.pool = ThreadPoolExecutor(self.threads)
+        # a thread of ours has a core to itself: no more threads in the tokenizer
+        self.before = os.environ.get(THREADED)
+        os.environ[THREADED] = "false"
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        os.environ.pop(THREADED)
+        if self.before is not None:
+            os.environ[THREADED] = self.before
 
-def _sync(out: Any) -> None:
-    out.flush()
-    os.fsync(out.fileno())
+    def begin(self, part: Path) -> None:
+        """Encode a part when a thread is free; its ids wait beside it."""
+        self.begun[str(part)] = self.pool.submit(self._keep, str(part))
 
+    def _keep(self, part: str) -> None:
+        file = ids_file(part)
+        table = pa.Table.from_pylist([encode_part(part, self.tokenizer_json, self.dtype)])
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as out:
+            pq.write_table(table, out, compression="none", use_dictionary=False)
+            _sync(out)
+        os.replace(partial, file)
 
-def _left(parts: list[str], done: int) -> Iterator[tuple[str, int]]:
-    """Yield the parts after the first `done` documents, with how many of its rows to pass over."""
-    for part in parts:
-        rows = pq.read_metadata(part).num_rows if done else 0
-        if done <= rows:
-            yield part, done
-        done = max(0, done - rows)
+    def encoded(self, parts: Iterable[tuple[str, bool]]) -> Generator[dict[str, Any]]:
+        """Yield what `encode_part` gives for each (part, whether on Ray Data), in order.
 
+        What was begun and has no thread yet is given up: it gets its turn in this order.
+        """
+        for future in self.begun.values():
+            future.cancel()
+        for on_ray, group in groupby(parts, key=lambda pair: pair[1]):
+            work = self._on_ray if on_ray else self._here
+            yield from work([part for part, _ in group])
 
-def _here(parts: list[str], done: int, tokenizer_json: str, dtype: str) -> Iterator[pa.Table]:
-    def encode(part: str, passed: int) -> pa.Table:
-        table = pq.read_table(part, columns=["text"]).slice(passed)
-        return encode_table(table, tokenizer_json, dtype)
-
-    threads = min(cores(), MOST_THREADS)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[pa.Table]] = deque()
+    def _here(self, parts: list[str]) -> Iterator[dict[str, Any]]:
+        waiting: deque[Future[dict[str, Any]]] = deque()
         try:
-            for part, passed in _left(parts, done):
-                waiting.append(pool.submit(encode, part, passed))
-                if len(waiting) > threads:
+            for part in parts:
+                waiting.append(self.pool.submit(self._one, part))
+                if len(waiting) > 2 * self.threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -227,30 +207,157 @@ def _here(parts: list[str], done: int, tokenizer_json: str, dtype: str) -> Itera
             for future in waiting:
                 future.cancel()
 
+    def _one(self, part: str) -> dict[str, Any]:
+        begun = self.begun.get(part)
+        if begun is not None and not begun.cancelled():
+            begun.result()
+        return encode_part(part, self.tokenizer_json, self.dtype)
+
+    def _on_ray(self, parts: list[str]) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        tokenizer_json, dtype = self.tokenizer_json, self.dtype
+
+        def encode(row: dict[str, Any]) -> dict[str, Any]:
+            os.environ[THREADED] = "false"  # Ray has a task per core already
+            return encode_part(row["part"], tokenizer_json, dtype)
+
+        options = ray.data.DataContext.get_current().execution_options
+        before, options.preserve_order = options.preserve_order, True
+        try:
+            items = [{"part": part} for part in parts]
+            data = ray.data.from_items(items, override_num_blocks=len(items)).map(encode)
+            yield from data.iter_rows()
+        finally:
+            options.preserve_order = before
+
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _on_ray(parts: list[str], done: int, tokenizer_json: str, dtype: str) -> Iterator[pa.Table]:
-    import ray.data
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written.
 
-    def encode(table: pa.Table) -> pa.Table:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray has a task per core already
-        return encode_table(table, tokenizer_json, dtype)
+    Attributes:
+        parts: Staged Parquet parts, in order.
+        file: The shard.
+        facts_file: Where its facts are kept for a build that is resumed.
+        on_ray: Whether to encode on Ray Data.
+    """
 
-    left = list(_left(parts, done))
-    begun = [part for part, passed in left if passed]
-    whole = [part for part, passed in left if not passed]
-    yield from _here(begun, left[0][1] if begun else 0, tokenizer_json, dtype)
-    if not whole:
-        return
-    options = ray.data.DataContext.get_current().execution_options
-    before, options.preserve_order = options.preserve_order, True
-    try:
-        data = ray.data.read_parquet(whole, override_num_blocks=len(whole)).select_columns(["text"])
-        data = data.map_batches(encode, batch_format="pyarrow", batch_size=None)
-        yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
-    finally:
-        options.preserve_order = before
+    parts: list[str]
+    file: Path
+    facts_file: Path
+    on_ray: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.file.with_suffix(".partial")
+
+    @property
+    def journal(self) -> Path:
+        return self.facts_file.with_suffix(".journal")
+
+
+def encode_shards(
+    shards: Sequence[Shard], encoder: Encoder, advance: Callable[[int, int], None]
+) -> Iterator[dict[str, Any]]:
+    """Encode shards, unless that is done, from where a killed build was.
+
+    Args:
+        shards: What to write.
+        encoder: Encodes their parts.
+        advance: Called with (documents, bytes) done.
+
+    Yields:
+        The facts of each shard, when it is there: documents, tokens (with end of text), bytes
+        (UTF-8 text), file_bytes and sha256.
+
+    Raises:
+        CorpusError: See `encode_texts`.
+    """
+    facts = [_finished(shard) for shard in shards]
+    begun = {k: _resumed(shard) for k, shard in enumerate(shards) if facts[k] is None}
+    left = [(part, shards[k].on_ray) for k, done in begun.items()
+            for part in shards[k].parts[done["parts"]:]]  # fmt: skip
+    with closing(encoder.encoded(left)) as encoded:
+        for k, shard in enumerate(shards):
+            known = facts[k]
+            if known is None:
+                rows = islice(encoded, len(shard.parts) - begun[k]["parts"])
+                yield _write(shard, begun[k], rows, encoder.dtype, advance)
+            else:
+                advance(known["documents"], known["bytes"])
+                yield known
+
+
+def _finished(shard: Shard) -> dict[str, Any] | None:
+    if shard.facts_file.exists() and shard.file.exists():
+        facts = json.loads(shard.facts_file.read_text())
+        if shard.file.stat().st_size == facts["file_bytes"]:
+            return facts
+    return None
+
+
+def _resumed(shard: Shard) -> dict[str, int]:
+    """Return the last journal entry of a shard."""
+    if shard.journal.exists() and shard.partial.exists():
+        noted = json.loads(shard.journal.read_text())
+        if shard.partial.stat().st_size >= noted["file_bytes"]:
+            log.info("%s: going on after %d documents", shard.partial, noted["documents"])
+            return noted
+    return dict.fromkeys(COUNTS, 0)
+
+
+def _write(
+    shard: Shard, done: dict[str, int], rows: Iterable[dict[str, Any]], dtype: str,
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    for folder in (shard.file.parent, shard.facts_file.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    digest = _cut_back(shard.partial, done["file_bytes"])
+    advance(done["documents"], done["bytes"])
+    kept = dict(done)
+    with open(shard.partial, "ab") as out:
+        for row in rows:
+            out.write(row["ids"])
+            digest.update(row["ids"])
+            more = {"parts": 1, "file_bytes": len(row["ids"])} | row
+            done = {count: done[count] + more[count] for count in COUNTS}
+            advance(row["documents"], row["bytes"])
+            if done["bytes"] - kept["bytes"] >= CHECKPOINT_BYTES:
+                _sync(out)
+                write_whole(shard.journal, json.dumps(done))
+                for part in shard.parts[kept["parts"] : done["parts"]]:
+                    ids_file(part).unlink(missing_ok=True)
+                kept = done
+        _sync(out)
+    os.replace(shard.partial, shard.file)
+    facts = {count: done[count] for count in COUNTS if count != "parts"}
+    facts |= {
+        "tokens": done["file_bytes"] // np.dtype(dtype).itemsize,
+        "sha256": digest.hexdigest(),
+    }
+    write_whole(shard.facts_file, json.dumps(facts))
+    shard.journal.unlink(missing_ok=True)
+    log.info("encoded %s/%s: %d tokens", shard.file.parent.name, shard.file.stem, facts["tokens"])
+    return facts
+
+
+def _cut_back(partial: Path, file_bytes: int) -> Any:
+    """Cut a shard back, and return its hash so far."""
+    digest = hashlib.sha256()
+    with open(partial, "ab") as file:
+        file.truncate(file_bytes)
+    with open(partial, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest
+
+
+def _sync(out: Any) -> None:
+    out.flush()
+    os.fsync(out.fileno())

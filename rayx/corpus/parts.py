@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PART_BYTES = 8_000_000
+PART_BYTES = 4_000_000  # a core encodes it in about a second
 SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.large_string()), ("score", pa.float64()),
                     ("labels", pa.string()), ("id_hash", pa.binary(16))])  # fmt: skip
 
@@ -22,10 +23,13 @@ class Parts:
     Args:
         folder: Where `<domain>/<split>-NNNNN.parquet` go.
         writer: Writes them, while the next ones are read.
+        then: Called with each part when it is on disk, on that thread.
     """
 
-    def __init__(self, folder: Path, writer: ThreadPoolExecutor) -> None:
-        self.folder, self.writer = folder, writer
+    def __init__(
+        self, folder: Path, writer: ThreadPoolExecutor, then: Callable[[Path], None] | None = None
+    ) -> None:
+        self.folder, self.writer, self.then = folder, writer, then
         self.waiting: deque[Future[None]] = deque()
         self.rows: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
         self.sizes: Counter[tuple[str, str]] = Counter()
@@ -52,16 +56,27 @@ class Parts:
             split, _, number = part.stem.rpartition("-")
             if int(number) >= written[part.parent.name, split]:
                 part.unlink()
+                ids_file(part).unlink(missing_ok=True)
 
     def _flush(self, domain: str, split: str) -> None:
         columns = zip(*self.rows.pop((domain, split)), strict=True)
         table = pa.table(list(columns), schema=SCHEMA)
         part = self.folder / domain / f"{split}-{self.written[domain, split]:05d}.parquet"
-        self.waiting.append(self.writer.submit(_write, table, part))
+        self.waiting.append(self.writer.submit(self._write, table, part))
         self.written[domain, split] += 1
         self.sizes[domain, split] = 0
         if len(self.waiting) > 1:
             self.waiting.popleft().result()
+
+    def _write(self, table: pa.Table, part: Path) -> None:
+        _write(table, part)
+        if self.then is not None:
+            self.then(part)
+
+
+def ids_file(part: str | Path) -> Path:
+    """Return where the token ids of a part are kept."""
+    return Path(part).with_suffix(".ids")
 
 
 def _write(table: pa.Table, part: Path) -> None:

@@ -1,6 +1,6 @@
 """Stage 5, regression: runs in, a model of loss as a function of the mixture out."""
 
-from rayx.fit.auto import fit_table, regressors
+from rayx.fit.auto import fit_once, fit_table, regressors
 from rayx.fit.belief import AVERAGE, Belief
 from rayx.fit.boosted_trees import ClimbTrees, LightGBM
 from rayx.fit.evaluate import evaluate_fit, score
@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "TiltedPower",
     "evaluate_fit",
+    "fit_once",
     "fit_table",
     "join_kinds",
     "largest_scale",

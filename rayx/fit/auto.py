@@ -52,6 +52,10 @@ def regressors(seed: int = 0) -> dict[str, Regressor]:
     }
 
 
+MOST_REMEMBERED = 8
+_remembered: dict[tuple, FittedTable] = {}
+
+
 # Many small systems: on a busy machine threads of BLAS wait for each other (4 s became 65 s).
 @threadpool_limits.wrap(limits=1)
 def fit_table(
@@ -140,6 +144,21 @@ def fit_table(
         no_signal=tuple(no_signal),
         warnings=tuple(warnings),
     )
+
+
+def fit_once(table: Table, regressor: str, seed: int) -> FittedTable:
+    """Return what `fit_table` gives, remembered: what decides round by round asks again and again.
+
+    The last MOST_REMEMBERED fits are kept.
+    """
+    arrays = (table.weights_RK, table.losses_RM, table.merged_R)
+    key = (regressor, seed, table.run_ids, table.domains, table.targets, table.warnings,
+           *(None if array is None else array.tobytes() for array in arrays))  # fmt: skip
+    if key not in _remembered:
+        while len(_remembered) >= MOST_REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = fit_table(table, regressor, seed=seed)
+    return _remembered[key]
 
 
 def _candidates(regressor: str | Regressor, seed: int) -> dict[str, Regressor]:

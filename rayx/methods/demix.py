@@ -26,7 +26,7 @@ from rayx.candidates import regmix_mixtures
 from rayx.choice.choosers import Solution
 from rayx.choice.problem import Problem, simulate
 from rayx.choose import Choice, Constraints, Simulate, choose
-from rayx.fit import FittedTable, Table, fit_table
+from rayx.fit import FittedTable, Table, fit_once
 from rayx.merging import Spec
 from rayx.methods.merge_proxy import MergeProxy, cost_tokens
 from rayx.mixture import Mixture
@@ -173,7 +173,7 @@ class DeMix:
         # Of the domains only those that can be mixed, in the constraints' order.
         others = [c for c in runs.columns if not c.startswith("weight/")]
         rows = runs.loc[runs["run_id"].isin(wanted), [*others, *columns]]
-        return fit_table(Table.from_frame(rows), self.regressor, seed=self.seed)
+        return fit_once(Table.from_frame(rows), self.regressor, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

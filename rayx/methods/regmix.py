@@ -21,7 +21,7 @@ from rayx.choice.choosers import Chooser
 from rayx.choose import Choice, Constraints, choose
 from rayx.corpus import Corpus
 from rayx.experiment import Conclusion
-from rayx.fit import FittedTable, Table, fit_table
+from rayx.fit import FittedTable, Table, fit_once
 from rayx.mixture import Mixture, Schedule
 from rayx.plan import Plan
 from rayx.propose import next_mixtures
@@ -143,7 +143,7 @@ class RegMix:
         wanted = {spec.run_id for spec in specs}
         runs = store.runs()
         table = Table.from_frame(runs.loc[runs["run_id"].isin(wanted)])
-        return fit_table(table, self.regressor, seed=self.seed)
+        return fit_once(table, self.regressor, self.seed)
 
     def _constraints(self, domains: Sequence[str]) -> Constraints:
         caps = {d: cap for d, cap in self.caps.items() if d in domains}
