@@ -47,6 +47,19 @@ def tiny_corpus(tmp_path_factory) -> Corpus:
     return build_corpus(sources, folder / "corpus", tokenizer=300, heldout_share=0.1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that use Ray share one process of `pytest -n`, and so one cluster; others are whole."""
+    on_ray = {
+        item.path
+        for item in items
+        if item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
+    }
+    for item in items:
+        group = "ray" if item.path in on_ray else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray of two CPUs for all tests that need one."""

@@ -246,10 +246,13 @@ def test_corpus_build_and_show(cli, tmp_path):
     for name in ("web", "code"):
         lines = [json.dumps({"text": f"{name} {i} " + "some words here " * 20}) for i in range(200)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    code, out, err = cli(
+    build = (
         "corpus", "build", "c", "--source", "web=web.jsonl", "--source", "code=code.jsonl",
         "--tokenizer", "300", "--heldout-share", "0.2",
     )  # fmt: skip
+    code, _, err = cli(*build, "--min-heldout-tokens", "100000")
+    assert code == 2 and "needed are 100000. Add text, raise heldout_share" in err
+    code, out, err = cli(*build)
     assert code == 0 and "web" in out, err
     code, out, _ = cli("corpus", "show", "c", "--verify")
     assert code == 0 and "fingerprint" in out and "bytes/token" in out

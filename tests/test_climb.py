@@ -121,7 +121,7 @@ def test_rounds_shrink_look_where_it_is_good_and_come_out_the_same_after_an_inte
 
 def test_the_optimum_is_the_least_of_the_pool_and_tied_candidates_are_averaged(tmp_path):
     world, store = world_of(4), open_in(tmp_path / "a")
-    climb = study(world, Climb, sizes=(40,), seed=4, chooser=PoolOptimum())
+    climb = study(world, Climb, sizes=(40,), seed=4, chooser=PoolOptimum(), regressor="climb")
     sweep(world, climb, store)
     fitted, choice = climb.decide(store)
     assert choice.method["name"] == "pool optimum" and choice.method["averaged"] >= 1

@@ -9,8 +9,10 @@ import typer
 from rayx.cli.corpora import show_corpus
 from rayx.cli.options import (
     GroupColumnOption,
+    HeldoutShareOption,
     IdColumnOption,
     LabelColumnsOption,
+    MinHeldoutTokensOption,
     ScoreColumnOption,
     SeedOption,
     TextColumnOption,
@@ -58,7 +60,8 @@ def cluster(
     tokenizer: Annotated[
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
-    heldout_share: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.05,
+    heldout_share: HeldoutShareOption = 0.05,
+    min_heldout_tokens: MinHeldoutTokensOption = 1024,
     seed: SeedOption = 0,
 ) -> None:
     """Cluster text that has no domains, and build the corpus of its clusters.
@@ -90,7 +93,8 @@ def cluster(
         )
     corpus = cluster_corpus(
         given, out, clustering, tokenizer=int(tokenizer) if tokenizer.isdigit() else tokenizer,
-        evaluation=held_out, heldout_share=heldout_share, text=text,
+        evaluation=held_out, heldout_share=heldout_share,
+        min_heldout_tokens=min_heldout_tokens, text=text,
     )  # fmt: skip
     found = read_clusters(corpus) or {}
     show_corpus(corpus)

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from rayx.cli.options import (
     GroupColumnOption,
+    HeldoutShareOption,
     IdColumnOption,
     LabelColumnsOption,
+    MinHeldoutTokensOption,
     ScoreColumnOption,
     SeedOption,
     TextColumnOption,
@@ -48,7 +50,8 @@ def build(
     tokenizer: Annotated[
         str, typer.Option(help="Vocabulary size to train, a tokenizers file, or a name.")
     ] = "32768",
-    heldout_share: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.05,
+    heldout_share: HeldoutShareOption = 0.05,
+    min_heldout_tokens: MinHeldoutTokensOption = 1024,
     near_duplicates: Annotated[
         float | None, typer.Option(help="Remove what is this similar (Jaccard) to another: 0.7.")
     ] = None,
@@ -86,7 +89,8 @@ def build(
         given.append(Source(path=table, domain_column=names_of(domain_column), **columns))
     vocabulary = int(tokenizer) if tokenizer.isdigit() else tokenizer
     built = build_corpus(
-        given, out, tokenizer=vocabulary, heldout_share=heldout_share, seed=seed,
+        given, out, tokenizer=vocabulary, heldout_share=heldout_share,
+        min_heldout_tokens=min_heldout_tokens, seed=seed,
         near_duplicates=near_duplicates, contamination_words=contamination_words,
         remove_contaminated=remove_contaminated, partition=_partition(partition),
     )  # fmt: skip

@@ -31,6 +31,10 @@ ScoreColumnOption = Annotated[
     str | None, typer.Option(help="Sorts training text, so that web@0.3 is web's best 30%.")
 ]
 IdColumnOption = Annotated[str | None, typer.Option(help="A second document of an id is skipped.")]
+HeldoutShareOption = Annotated[float, typer.Option(help="Share of documents held out.")]
+MinHeldoutTokensOption = Annotated[
+    int, typer.Option(help="Fewest held-out tokens that a domain may have.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn.")]
 NameOption = Annotated[str | None, typer.Option(help="Which one, where there are several.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

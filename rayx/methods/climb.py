@@ -8,10 +8,11 @@ clusters come from `rayx corpus cluster`; any corpus will do.
 
 Source: Diao et al. 2025, arXiv:2504.13161 (section 3).
 Differs: losses in place of benchmark accuracy; a predictor for each target in place of one for
-    their mean; mixtures keep to the final run's token supply; the mean of the best candidates in
-    place of the best, whose prediction is mostly the luckiest; a seed for each proxy. Derived,
-    since the paper is silent: the pool of 20,000, the best tenth, the concentration of the first
-    round, and that mixtures lie apart.
+    their mean, chosen by cross-validation (`auto`; theirs is `regressor="climb"`); mixtures keep to
+    the final run's token supply; the mean of the best candidates in place of the best, whose
+    prediction is mostly the luckiest; a seed for each proxy. Derived, since the paper is silent:
+    the pool of 20,000, the best tenth, the concentration of the first round, and that mixtures lie
+    apart.
 
 Shapes: M mixtures, K domains.
 """
@@ -97,12 +98,12 @@ class Climb(RegMix):
     """
 
     sizes: tuple[int, ...] = ROUNDS
-    concentration: float = 1.0
+    concentration: float = 0.3
     own_seeds: bool = True
     num_proxies: int = field(init=False, default=0)
     rounds: int = field(init=False, default=0)
     acquisition: str = "top"
-    regressor: str = "climb"
+    regressor: str = "auto"
 
     def __post_init__(self) -> None:
         sizes = tuple(self.sizes)
