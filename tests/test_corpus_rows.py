@@ -19,7 +19,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import rayx.remote
-from rayx.corpus import Corpus, Source, build_corpus, encode, rows, stage
+from rayx.corpus import Corpus, Source, build_corpus, encode, rows, shards, stage
 from rayx.corpus import build as build_module
 from rayx.corpus.documents import documents
 from rayx.corpus.join import join_corpora
@@ -200,7 +200,7 @@ def test_full_disk_is_said_and_the_build_goes_on_when_there_is_space(tmp_path, m
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for place in ("rayx.corpus.parts._write", "rayx.corpus.encode._sync"):
+    for place in ("rayx.corpus.parts._write", "rayx.corpus.shards.sync"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             with pytest.raises(CorpusError, match="no space left for .*out.*goes on where it was"):
@@ -227,7 +227,7 @@ def test_build_goes_on_inside_a_source_and_a_shard(form: str, tmp_path, monkeypa
     source = Source(path=path, domain="web")
     expected = build(source, tmp_path / "whole")
     monkeypatch.setattr(stage, "CHECKPOINT_BYTES", 2_000)
-    monkeypatch.setattr(encode, "CHECKPOINT_BYTES", 1_000)
+    monkeypatch.setattr(shards, "CHECKPOINT_BYTES", 1_000)
     monkeypatch.setattr(encode, "BATCH_BYTES", 500)
     monkeypatch.setattr("rayx.corpus.parts.PART_BYTES", 1_500)
     read: list[str] = []

@@ -29,9 +29,10 @@ import numpy as np
 
 from rayx.corpus import Source, stage
 from rayx.corpus.cleaning.clean import Cleaning, clean
-from rayx.corpus.encode import Encoder, Shard, encode_shards
+from rayx.corpus.encode import Encoder
 from rayx.corpus.parts import staged_parts
 from rayx.corpus.route import route
+from rayx.corpus.shards import Shard, encode_shards
 from rayx.corpus.source import locate
 from rayx.corpus.tokenizer import train_tokenizer
 

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from rayx.corpus.cleaning.clean import Cleaning, clean, passes
 from rayx.corpus.corpus import Corpus
 from rayx.corpus.documents import documents
-from rayx.corpus.encode import MOST_THREADS, Encoder, Shard, cores, encode_shards
+from rayx.corpus.encode import MOST_THREADS, Encoder, cores
 from rayx.corpus.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -41,6 +41,7 @@ from rayx.corpus.manifest import (
 )
 from rayx.corpus.parts import staged_parts, write_whole
 from rayx.corpus.progress import progress
+from rayx.corpus.shards import Shard, encode_shards
 from rayx.corpus.source import Location, Source, locate
 from rayx.corpus.stage import SPLITS, Tally, by_score, stage_sources
 from rayx.corpus.tokenizer import (

@@ -41,7 +41,7 @@ def write_manifest(
         key: Hash of sources and parameters; decides whether a second build is the same one.
         tallies: What happened to each domain's documents; trainable domains first.
         homeless: Rows without a domain, by reason.
-        shards: (domain, split) to the shard's facts, see `encode_shard`.
+        shards: (domain, split) to the shard's facts, see `encode_shards`.
         asked: The tokenizer parameter of the build.
     """
     tokenizer_json = (out / TOKENIZER).read_text(encoding="utf-8")

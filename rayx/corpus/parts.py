@@ -84,8 +84,7 @@ def _write(table: pa.Table, part: Path) -> None:
     with open(part, "wb") as file:
         # the fastest level: staged text is read once or twice and removed
         pq.write_table(table, file, compression="zstd", compression_level=1)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def staged_parts(folder: Path, domain: str, split: str) -> list[str]:
@@ -99,6 +98,11 @@ def write_whole(file: Path, text: str) -> None:
     partial_file = file.with_name(file.name + ".partial")
     with open(partial_file, "w", encoding="utf-8", newline="") as out:
         out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+        sync(out)
     os.replace(partial_file, file)
+
+
+def sync(out: Any) -> None:
+    """Return when what was written to a file is on disk."""
+    out.flush()
+    os.fsync(out.fileno())
