@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready ## the main job: real text -> proxies -> fit -> choice -> proof -> plan and report
 	$(BIN)/rayx run experiments/quickstart.py
 
-test: $(VENV)/ready ## the tests, about 5 minutes on 2 cores
+test: $(VENV)/ready ## the tests, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: $(VENV)/ready ## the tests that take minutes each

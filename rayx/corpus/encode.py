@@ -8,7 +8,6 @@ while later ones are still being read: the ids wait beside the part.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import threading
@@ -29,8 +28,6 @@ from rayx.corpus.manifest import shard_dtype
 from rayx.corpus.parts import ids_file, sync
 from rayx.corpus.tokenizer import eos_id, num_ids, plain
 from rayx.errors import CorpusError
-
-log = logging.getLogger(__name__)
 
 BATCH_BYTES = 25_000  # of text at once: an encoding takes some 140 bytes per byte while it lives
 PIECE_BYTES = 100_000  # longer documents are encoded in pieces where that is exact
