@@ -359,6 +359,7 @@ class Server(ThreadingHTTPServer):
         with self.guard:
             self.faults = NO_FAULTS | faults
             self.seen = {}
+            self.random = random.Random(0)  # so that what a test meets does not depend on others
             self.file.write_text(json.dumps(self.faults))
 
     def fault(self, method: str) -> str | None:
